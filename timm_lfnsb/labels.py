@@ -1,0 +1,61 @@
+"""Expression label names and their orders.
+
+One canonical order serves every weight of this zoo (AffectNet's). Other data sets number the same
+expressions differently, and a mixed-up order is the most common silent bug among users of facial
+expression models: whatever crosses a border of this package crosses it by name.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+EXPRESSIONS_8: tuple[str, ...] = (
+    'neutral', 'happiness', 'sadness', 'surprise', 'fear', 'disgust', 'anger', 'contempt',
+)
+"""Canonical order of the eight expressions, AffectNet's own numbering."""
+
+EXPRESSIONS_7: tuple[str, ...] = EXPRESSIONS_8[:7]
+"""Canonical order of the seven basic expressions (without contempt)."""
+
+SYNONYMS: dict[str, str] = {
+    'happy': 'happiness',
+    'sad': 'sadness',
+    'angry': 'anger',
+    'fearful': 'fear',
+    'disgusted': 'disgust',
+    'surprised': 'surprise',
+    'none-expression': 'neutral',
+    'contemptuous': 'contempt',
+}
+"""Names that folders and spreadsheets use for the same expressions."""
+
+
+def canonical_name(name: str) -> str:
+    """Return the canonical spelling of an expression name; an unknown name comes back stripped and lower-cased."""
+    key = name.strip().lower()
+    return SYNONYMS.get(key, key)
+
+
+def match_labels(names: Iterable[str], label_names: Sequence[str]) -> dict[str, int]:
+    """Map class names of a data set to class indices of a model, by name and never by position.
+
+    Args:
+        names: Class names of the data set, for instance its folder names.
+        label_names: The model's label names in the order of its outputs.
+
+    Returns:
+        Class index for each of the given names.
+
+    Raises:
+        ValueError: When a name is not among the model's labels, or when two names mean the same class.
+    """
+    index = {canonical_name(label): i for i, label in enumerate(label_names)}
+    names = list(names)
+    unknown = [name for name in names if canonical_name(name) not in index]
+    if unknown:
+        raise ValueError(
+            f"unknown class name(s) {', '.join(map(repr, unknown))}: the data has [{', '.join(names)}], "
+            f"the model knows [{', '.join(label_names)}]; rename the folders or give the matching model.")
+    matched = {name: index[canonical_name(name)] for name in names}
+    if len(set(matched.values())) != len(matched):
+        raise ValueError(f"two of the class names [{', '.join(names)}] mean the same expression; merge their folders.")
+    return matched

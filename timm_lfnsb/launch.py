@@ -1,0 +1,168 @@
+"""Run timm's own scripts with this zoo registered, and its train script with the Cosine-Harmony loss."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Sequence
+
+from .loss import VARIANTS
+from .recipes import class_map_path, recipe_names, recipe_path
+
+
+class LaunchError(RuntimeError):
+    """A script that cannot be run; the message says what to do."""
+
+
+def find_script(script: str) -> Path:
+    """Find a script by path, or by name in the folder that the environment variable TIMM_SCRIPTS names.
+
+    Raises:
+        LaunchError: When there is no such file.
+    """
+    path = Path(script)
+    if path.is_file():
+        return path
+    folder = os.environ.get('TIMM_SCRIPTS')
+    if folder and (Path(folder) / script).is_file():
+        return Path(folder) / script
+    where = f'neither here nor in TIMM_SCRIPTS ({folder})' if folder else 'not here, and TIMM_SCRIPTS is not set'
+    raise LaunchError(
+        f"{script} is {where}: timm's scripts are not part of its wheel, so clone "
+        "https://github.com/huggingface/pytorch-image-models and set TIMM_SCRIPTS to that folder, or give the script's "
+        'path.')
+
+
+def run_script(script: str, args: Sequence[str]) -> None:
+    """Run one of timm's scripts as if it were called with `args`.
+
+    A script whose name contains 'train' gets the --cosine-harmony options; every other one runs as it is.
+
+    Raises:
+        LaunchError: When the script is missing, or cannot do what the options ask.
+    """
+    path = find_script(script)
+    sys.argv = [str(path), *resolve_recipe(args)]
+    if 'train' not in path.stem:
+        runpy.run_path(str(path), run_name='__main__')
+        return
+    module = load_module(path)
+    if hasattr(module, 'parser'):
+        add_cosine_harmony(module)
+    module.main()
+
+
+def resolve_recipe(args: Sequence[str]) -> list[str]:
+    """Replace the name of a recipe behind --config or -c by the path of its file."""
+    args = list(args)
+    for i, arg in enumerate(args):
+        flag, has_value, value = arg.partition('=')
+        if flag not in ('-c', '--config'):
+            continue
+        if not has_value:
+            value = args[i + 1] if i + 1 < len(args) else ''
+        if Path(value).is_file():
+            continue
+        if value in recipe_names():
+            args[i:i + (1 if has_value else 2)] = [flag, str(recipe_path(value))]
+        elif value:
+            raise LaunchError(
+                f'--config {value} is neither a file nor a recipe of this zoo ({", ".join(recipe_names())}).')
+    return args
+
+
+def load_module(path: Path) -> ModuleType:
+    # Its own name, not '__main__': importing must not start it, and worker processes must find it again.
+    name = f'timm_script_{path.stem}'
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'main'):
+        raise LaunchError(f'{path} has no main(): it is not a train script of timm.')
+    return module
+
+
+def add_cosine_harmony(module: Any) -> None:
+    """Give a train script the --cosine-harmony options and let it build our task where they ask for it.
+
+    The script's contract: a module-level `parser`, which `main()` asks for the arguments, and `ClassificationTask`,
+    which `main()` looks up in the module's globals.
+    """
+    parser: argparse.ArgumentParser = module.parser
+    group = parser.add_argument_group('Cosine-Harmony loss (timm_lfnsb)')
+    group.add_argument('--cosine-harmony', type=float, default=0., metavar='WEIGHT',
+                       help='weight of the Cosine-Harmony loss beside the classification loss, 0 = off (default: 0)')
+    group.add_argument('--cosine-harmony-alpha', type=float, default=0.1, metavar='ALPHA',
+                       help='balance of its intra-class and inter-class term, in [0, 1] (default: 0.1)')
+    group.add_argument('--cosine-harmony-variant', default='intended', choices=VARIANTS,
+                       help='its formula (default: intended)')
+    group.add_argument('--cosine-harmony-fixed-centers', action='store_true', default=False,
+                       help='keep the random class centers instead of learning them')
+
+    options = argparse.Namespace(cosine_harmony=0.)
+    parse_args = parser.parse_args
+    plain_task = getattr(module, 'ClassificationTask', None)
+
+    def parse_and_check(*args: Any, **kwargs: Any) -> argparse.Namespace:
+        nonlocal options
+        options = parse_args(*args, **kwargs)
+        class_map = getattr(options, 'class_map', None)
+        if class_map and not Path(class_map).is_file():
+            options.class_map = str(class_map_path(class_map) or class_map)
+        check_options(options, has_task=plain_task is not None)
+        return options
+
+    parser.parse_args = parse_and_check  # type: ignore[method-assign]
+
+    def create_task(*args: Any, **kwargs: Any) -> Any:
+        if not options.cosine_harmony:
+            return plain_task(*args, **kwargs)
+        from .task import CosineHarmonyTask
+        return CosineHarmonyTask(
+            *args,
+            weight=options.cosine_harmony,
+            alpha=options.cosine_harmony_alpha,
+            variant=options.cosine_harmony_variant,
+            learn_centers=not options.cosine_harmony_fixed_centers,
+            **kwargs,
+        )
+
+    if plain_task is not None:
+        module.ClassificationTask = create_task
+
+
+def check_options(options: argparse.Namespace, has_task: bool) -> None:
+    """Refuse what cannot work together with the loss; scripts of other releases lack some of the options.
+
+    Raises:
+        LaunchError: With the option to change.
+    """
+    if not options.cosine_harmony:
+        return
+    if not has_task:
+        raise LaunchError(
+            'this train script is too old for --cosine-harmony (it has no ClassificationTask): take the train.py of '
+            'timm 1.0.27 or newer.')
+
+    def value(name: str) -> Any:
+        return getattr(options, name, None)
+
+    conflicts = {
+        'knowledge distillation (--kd-model-name)': value('kd_model_name'),
+        'multi-label training': value('multilabel') or value('multi_label') or (
+            value('task') not in (None, '', 'classification') and value('task')),
+        '--torchscript (use --torchcompile)': value('torchscript'),
+        'the NaFlex loader (--naflex-loader)': value('naflex_loader'),
+        'augmentation splits (--aug-splits, --jsd-loss)': value('aug_splits') or value('jsd_loss'),
+    }
+    for name, used in conflicts.items():
+        if used:
+            raise LaunchError(f'--cosine-harmony cannot be combined with {name}: leave one of the two out.')
+    if options.cosine_harmony < 0 or not 0 <= options.cosine_harmony_alpha <= 1:
+        raise LaunchError('--cosine-harmony must not be negative, and --cosine-harmony-alpha must lie in [0, 1].')

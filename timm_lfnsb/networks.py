@@ -1,0 +1,583 @@
+"""Lightweight facial expression recognition networks: LFN, LFNSB, MFN, DDAMFN and MobileFaceNet.
+
+All five share one skeleton: a stem of stride 2, three stages of inverted bottlenecks that end at stride 16,
+one last convolution, and a head that turns the final map (7x7 for a 112x112 face) into an embedding.
+
+Papers:
+* LFN, LFNSB: `A Lightweight Model Enhancing Facial Expression Recognition with Spatial Bias and Cosine-Harmony
+  Loss` - https://doi.org/10.20944/preprints202408.1304.v1
+* MFN, DDAMFN: `A Dual-Direction Attention Mixed Feature Network for Facial Expression Recognition`
+  - https://doi.org/10.3390/electronics12173595
+* MobileFaceNet: `MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile Devices`
+  - https://arxiv.org/abs/1804.07573
+
+Modules: MixConv - https://arxiv.org/abs/1907.09595; coordinate attention - https://arxiv.org/abs/2103.02907;
+RepVGGDW - https://arxiv.org/abs/2307.09283; Spatial Bias - https://doi.org/10.1016/j.eswa.2023.122053
+
+Where the papers and the authors' released code disagree, these networks follow the released code, which is what
+gives the published parameter counts; the README lists the differences.
+"""
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_attn, get_device_dtype
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    clean_state_dict,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from timm.models.repvit import RepVggDw
+
+from .labels import EXPRESSIONS_7, EXPRESSIONS_8
+
+__all__ = ['MixedFeatureNet']
+
+# The depthwise convolution of a bottleneck: kernel size -> number of channels it filters.
+Mix = Dict[int, int]
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution without bias (padding k // 2), batch norm, and PReLU per channel where `act` is set."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 1,
+            stride: int = 1,
+            groups: int = 1,
+            act: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.add_module('conv', nn.Conv2d(
+            in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd))
+        self.add_module('bn', nn.BatchNorm2d(out_chs, **dd))
+        if act:
+            self.add_module('act', nn.PReLU(out_chs, **dd))
+
+
+class MixedDepthwiseConv(nn.Module):
+    """Depthwise convolution whose channel groups have kernels of different sizes (MixConv), no norm, no activation."""
+
+    def __init__(self, mix: Mix, stride: int = 1, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.splits = list(mix.values())
+        self.convs = nn.ModuleList([
+            nn.Conv2d(chs, chs, kernel, stride, kernel // 2, groups=chs, bias=False, **dd)
+            for kernel, chs in mix.items()
+        ])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.splits) == 1:
+            return self.convs[0](x)
+        parts = torch.split(x, self.splits, dim=1)
+        out: List[torch.Tensor] = []
+        for i, conv in enumerate(self.convs):
+            out.append(conv(parts[i]))
+        return torch.cat(out, dim=1)
+
+
+class MixedBottleneck(nn.Module):
+    """Expand 1x1, mixed depthwise convolutions, coordinate attention, project 1x1; residual at stride 1."""
+
+    def __init__(self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        mid_chs = sum(mix.values())
+        self.residual = stride == 1
+        self.expand = ConvNormAct(in_chs, mid_chs, **dd)
+        self.conv_dw = MixedDepthwiseConv(mix, stride, **dd)
+        self.attn = create_attn('coord', mid_chs, rd_channels=max(8, mid_chs // 32), bias=True, **dd)
+        self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = self.expand(x)
+        x = self.conv_dw(x)
+        x = self.attn(x)
+        x = self.project(x)
+        return x + shortcut if self.residual else x
+
+
+class PlainBottleneck(nn.Module):
+    """MobileFaceNet's bottleneck: expand 1x1, one depthwise convolution with norm and PReLU, project 1x1."""
+
+    def __init__(self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        (kernel_size, mid_chs), = mix.items()
+        self.residual = stride == 1
+        self.expand = ConvNormAct(in_chs, mid_chs, **dd)
+        self.conv_dw = ConvNormAct(mid_chs, mid_chs, kernel_size, stride, groups=mid_chs, **dd)
+        self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = self.expand(x)
+        x = self.conv_dw(x)
+        x = self.project(x)
+        return x + shortcut if self.residual else x
+
+
+class GlobalDepthwiseConv(nn.Sequential):
+    """Linear depthwise convolution over the whole map (GDConv) and batch norm: (B, C, H, W) -> (B, C, 1, 1)."""
+
+    def __init__(self, chs: int, map_size: Tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.add_module('conv', nn.Conv2d(chs, chs, map_size, groups=chs, bias=False, **dd))
+        self.add_module('bn', nn.BatchNorm2d(chs, **dd))
+
+
+class EmbeddingHead(nn.Module):
+    """GDConv, linear layer without bias and batch norm: the head of LFN, MFN and MobileFaceNet."""
+
+    def __init__(self, in_chs: int, embed_dim: int, map_size: Tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.num_features = embed_dim
+        self.gdconv = GlobalDepthwiseConv(in_chs, map_size, **dd)
+        self.flatten = nn.Flatten(1)
+        self.linear = nn.Linear(in_chs, embed_dim, bias=False, **dd)
+        self.bn = nn.BatchNorm1d(embed_dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.linear(self.flatten(self.gdconv(x))))
+
+
+class SpatialBiasHead(nn.Module):
+    """Spatial Bias: the map reduced to 2x2 positions, which a 1-D convolution over the channel axis mixes.
+
+    (B, C, H, W) -> 1x1 convolution, norm, ReLU -> (B, 66, H, W) -> average pool -> (B, 66, 2, 2) -> the 4 positions
+    as channels, kernel 3 over the 66 entries without padding -> (B, 4, 64) -> (B, 256). Any map of at least 2x2.
+    """
+
+    def __init__(self, in_chs: int, embed_dim: int, map_size: Tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.num_features = embed_dim
+        reduced_chs = embed_dim // 4 + 2  # the unpadded kernel of 3 takes two entries off again
+        self.reduce = nn.Sequential()
+        self.reduce.add_module('conv', nn.Conv2d(in_chs, reduced_chs, 1, bias=False, **dd))
+        self.reduce.add_module('bn', nn.BatchNorm2d(reduced_chs, **dd))
+        self.reduce.add_module('act', nn.ReLU())
+        self.conv = nn.Conv1d(4, 4, 3, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.reduce(x)
+        # Exactly adaptive_avg_pool2d(x, 2), written as a plain pool because exporters know that one.
+        height, width = x.shape[-2:]
+        torch._assert(height >= 2, 'Spatial Bias needs a map of 2x2 or more: give images of 17 px or more.')
+        torch._assert(width >= 2, 'Spatial Bias needs a map of 2x2 or more: give images of 17 px or more.')
+        x = F.avg_pool2d(x, ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2))
+        x = self.conv(x.flatten(2).transpose(1, 2))
+        return x.transpose(1, 2).flatten(1)
+
+
+class DirectionAttention(nn.Module):
+    """One direction-aware attention map of DDAMFN: coordinate attention with learned linear strips as pools."""
+
+    def __init__(self, chs: int, map_size: Tuple[int, int], rd_ratio: int = 32, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        rd_chs = max(8, chs // rd_ratio)
+        self.strip_h = GlobalDepthwiseConv(chs, (1, map_size[1]), **dd)
+        self.strip_w = GlobalDepthwiseConv(chs, (map_size[0], 1), **dd)
+        self.conv1 = nn.Conv2d(chs, rd_chs, 1, **dd)
+        self.bn1 = nn.BatchNorm2d(rd_chs, **dd)
+        self.act = nn.Hardswish()
+        self.conv_h = nn.Conv2d(rd_chs, chs, 1, **dd)
+        self.conv_w = nn.Conv2d(rd_chs, chs, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        strips = torch.cat([self.strip_h(x), self.strip_w(x).transpose(2, 3)], dim=2)
+        strips = self.act(self.bn1(self.conv1(strips)))
+        x_h, x_w = torch.split(strips, [height, width], dim=2)
+        return self.conv_h(x_h).sigmoid() * self.conv_w(x_w.transpose(2, 3)).sigmoid()
+
+
+class DualDirectionHead(nn.Module):
+    """DDAMFN's head: the element-wise maximum of two direction attentions times the features, then GDConv."""
+
+    def __init__(self, in_chs: int, embed_dim: int, map_size: Tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        assert embed_dim == in_chs, 'The dual direction head keeps the number of channels.'
+        self.num_features = embed_dim
+        self.attn1 = DirectionAttention(in_chs, map_size, **dd)
+        self.attn2 = DirectionAttention(in_chs, map_size, **dd)
+        self.gdconv = GlobalDepthwiseConv(in_chs, map_size, **dd)
+        self.flatten = nn.Flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * torch.maximum(self.attn1(x), self.attn2(x))
+        return self.flatten(self.gdconv(x))
+
+
+# global_pool name -> the head that turns the final map into the embedding
+HEADS = {'gdc': EmbeddingHead, 'sb': SpatialBiasHead, 'dda': DualDirectionHead}
+
+
+class MixedFeatureNet(nn.Module):
+    """Mixed feature network for 112x112 faces, stride 16.
+
+    Args:
+        stages: For each stage its output channels and the depthwise mix of each block; the first block has stride 2.
+        final_chs: Channels of a last 1x1 convolution, or None for a RepVGGDW layer at the channels of the last stage.
+        mixed: Mixed bottlenecks with coordinate attention, else MobileFaceNet's plain ones.
+        stem_act: PReLU behind both convolutions of the stem.
+        global_pool: How the final map becomes the embedding: 'gdc' (linear GDConv), 'sb' (Spatial Bias),
+            'dda' (dual direction attention), or '' for the map itself (only with num_classes=0).
+        head: The network's own choice of the above, which `reset_classifier` can return to.
+        embed_dim: Size of the embedding (`pre_logits`).
+        num_classes: Number of classes, 0 for the embedding alone.
+        in_chans: Number of image channels.
+        img_size: Image height and width the head is built for; 'sb' takes any size whatever this says.
+        drop_rate: Dropout before the classifier.
+    """
+
+    def __init__(
+            self,
+            stages: Tuple[Tuple[int, List[Mix]], ...],
+            final_chs: Optional[int] = None,
+            mixed: bool = True,
+            stem_act: bool = False,
+            head: str = 'gdc',
+            embed_dim: int = 256,
+            num_classes: int = 7,
+            in_chans: int = 3,
+            global_pool: Optional[str] = None,
+            img_size: Union[int, Tuple[int, int]] = 112,
+            drop_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        stem_chs = 64
+
+        self.stem = nn.Sequential(
+            ConvNormAct(in_chans, stem_chs, 3, stride=2, act=stem_act, **dd),
+            ConvNormAct(stem_chs, stem_chs, 3, groups=stem_chs, act=stem_act, **dd),
+        )
+        self.feature_info = [dict(num_chs=stem_chs, reduction=2, module='stem.1')]
+
+        block = MixedBottleneck if mixed else PlainBottleneck
+        prev_chs = stem_chs
+        self.stages = nn.Sequential()
+        for i, (out_chs, mixes) in enumerate(stages):
+            layers: List[nn.Module] = []
+            for j, mix in enumerate(mixes):
+                layers.append(block(prev_chs, out_chs, mix, stride=2 if j == 0 else 1, **dd))
+                prev_chs = out_chs
+            if i == len(stages) - 1:
+                if final_chs is None:
+                    layers.append(RepVggDw(prev_chs, 3, **dd))
+                else:
+                    layers.append(ConvNormAct(prev_chs, final_chs, **dd))
+                    prev_chs = final_chs
+            self.stages.add_module(str(i), nn.Sequential(*layers))
+            self.feature_info.append(dict(num_chs=prev_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
+
+        self.num_features = prev_chs
+        img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        map_size = (-(-img_size[0] // 16), -(-img_size[1] // 16))
+        self.head_pool = self.global_pool = head
+        self.head = HEADS[head](prev_chs, embed_dim, map_size, **dd)
+        self.head_hidden_size = embed_dim
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, head if global_pool is None else global_pool)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.(\d+)', None),
+                (r'^head', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        if global_pool not in (None, '', self.head_pool):
+            raise ValueError(
+                f"global_pool={global_pool!r}: this network pools with {self.head_pool!r}, or '' for the map itself.")
+        if num_classes > 0:
+            if global_pool == '' or not self.head_pool:
+                raise ValueError('A 4-D feature map has no classifier: use num_classes=0 with it.')
+            self.global_pool = self.head_pool
+        elif global_pool is not None:
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.fc = nn.Linear(
+            self.head_hidden_size, num_classes, **get_device_dtype(self)) if num_classes > 0 else nn.Identity()
+        self.fc.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward through the features and return intermediate maps.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Take the last n maps if int, all if None, else those selected: 0 is the stem, 1 to 3 the stages.
+            norm: Without effect, the last stage has no norm of its own.
+            stop_early: Leave out the stages after the last selected map.
+            output_fmt: 'NCHW'.
+            intermediates_only: Return only the intermediate maps.
+
+        Returns:
+            The selected maps at strides 2, 4, 8 and 16, and before them the final map unless `intermediates_only`.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+
+        x = self.stem(x)
+        if 0 in take_indices:
+            intermediates.append(x)
+        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index]
+        for i, stage in enumerate(stages):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if i + 1 in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Cut off the stages (and the head) that the selected intermediate maps do not need."""
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        prune_end = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if prune_head or prune_end:
+            # The head is sized for the final map, so it goes with the last stage.
+            self.head = nn.Identity()
+            self.head_pool = ''
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in self.stages:
+                x = checkpoint_seq(stage, x)
+        else:
+            x = self.stages(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.global_pool:
+            x = self.head(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+# Key prefixes of the authors' released code -> ours. LFN and MFN name their layers, LFNSB and DDAMFN number them.
+_AUTHORS_KEYS: Tuple[Tuple[str, str], ...] = (
+    (r'^(features\.0|conv1)\.', 'stem.0.'),
+    (r'^(features\.1|conv2_dw)\.', 'stem.1.'),
+    (r'^(features\.2|conv_23)\.', 'stages.0.0.'),
+    (r'^(features\.3|conv_3)\.model\.(\d+)\.', 'stages.0.{}.'),
+    (r'^(features\.4|conv_34)\.', 'stages.1.0.'),
+    (r'^(features\.5|conv_4)\.model\.(\d+)\.', 'stages.1.{}.'),
+    (r'^(features\.6|conv_45)\.', 'stages.2.0.'),
+    (r'^(features\.7|conv_5)\.model\.(\d+)\.', 'stages.2.{}.'),
+    (r'^(features\.8|conv_?6_sep)\.', 'stages.2.7.'),
+    (r'^conv_?6_dw\.', 'head.gdconv.'),
+    (r'^linear\.', 'head.linear.'),
+    (r'^bn\.', 'head.bn.'),
+    (r'^sb\.feature_reduction\.0\.', 'head.reduce.conv.'),
+    (r'^sb\.feature_reduction\.1\.', 'head.reduce.bn.'),
+    (r'^sb\.sb_conv\.', 'head.conv.'),
+    (r'^cat_head0\.CoordAtt\.', 'head.attn1.'),
+    (r'^cat_head1\.CoordAtt\.', 'head.attn2.'),
+    (r'^Linear\.', 'head.gdconv.'),
+)
+_AUTHORS_PARTS: Tuple[Tuple[str, str], ...] = (
+    (r'(stages\.(?!2\.7\.)\d\.\d+\.)conv\.(conv|bn)\.', r'\1expand.\2.'),
+    (r'(stages\.(?!2\.7\.)\d\.\d+\.)conv\.prelu\.', r'\1expand.act.'),
+    (r'\.mixed_depthwise_conv\.', '.convs.'),
+    (r'\.CA\.', '.attn.'),
+    (r'(attn\d?)\.conv2\.', r'\1.conv_h.'),
+    (r'(attn\d?)\.conv3\.', r'\1.conv_w.'),
+    (r'\.Linear_([hw])\.', r'.strip_\1.'),
+    (r'^(stem\.\d|head\.gdconv)\.c\.', r'\1.conv.'),
+    (r'\.prelu\.', '.act.'),
+)
+# Keys the authors' modules own but never use in their forward.
+_AUTHORS_DEAD_KEYS = re.compile(r'\.conv_dw\.(bn|prelu)\.|\.CoordAtt\.Linear\.')
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped)."""
+    for wrapper in ('model_state_dict', 'state_dict'):
+        if wrapper in state_dict:
+            state_dict = state_dict[wrapper]
+    state_dict = clean_state_dict(state_dict)
+    if not any('.mixed_depthwise_conv.' in key for key in state_dict):
+        return state_dict
+
+    has_classifier = 'fc.weight' in state_dict
+    out: Dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        if _AUTHORS_DEAD_KEYS.search(key) or (has_classifier and key.startswith('bn.')):
+            continue
+        for pattern, prefix in _AUTHORS_KEYS:
+            match = re.match(pattern, key)
+            if match:
+                block = int(match[2]) + 1 if match.lastindex == 2 else 0  # block 0 is the one of stride 2
+                key = prefix.format(block) + key[match.end():]
+                break
+        for pattern, part in _AUTHORS_PARTS:
+            key = re.sub(pattern, part, key)
+        out[key] = value
+    return out
+
+
+WEIGHTS_DIR = Path(__file__).parent / 'weights'
+
+
+def _cfg(label_names: Tuple[str, ...] = EXPRESSIONS_7, **kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': len(label_names), 'label_names': label_names,
+        'input_size': (3, 112, 112), 'pool_size': (7, 7),
+        'crop_pct': 1.0, 'crop_mode': 'squash', 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0.conv', 'classifier': 'fc', 'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+_LFN_PAPER = dict(paper_ids='doi:10.20944/preprints202408.1304.v1')
+_MFN_PAPER = dict(paper_ids='doi:10.3390/electronics12173595')
+
+# A GDConv covers the whole map, which fixes the input size; Spatial Bias does not.
+_ARCHS: Dict[str, Dict[str, Any]] = {
+    'lfn_small': dict(_LFN_PAPER, fixed_input_size=True),
+    'lfnsb': dict(_LFN_PAPER),
+    'mfn': dict(_MFN_PAPER, fixed_input_size=True),
+    'ddamfn': dict(_MFN_PAPER, fixed_input_size=True),
+    'mobilefacenet': dict(paper_ids='arXiv:1804.07573', fixed_input_size=True),
+}
+
+# Label sets and input configs without weights, for runs on data that nobody may redistribute.
+_UNTRAINED_TAGS = {'rafdb': EXPRESSIONS_7, 'affectnet7': EXPRESSIONS_7, 'affectnet8': EXPRESSIONS_8}
+
+default_cfgs = generate_default_cfgs({
+    **{
+        f'{arch}.{tag}': _cfg(label_names, **info)
+        for arch, info in _ARCHS.items() for tag, label_names in _UNTRAINED_TAGS.items()
+    },
+})
+
+# Output channels and the mix of each block. The paper's Table 1 prints other expansion factors and 128 channels at
+# 28x28; these are the released code's, which give the paper's parameter count.
+_LFN_STAGES = (
+    (64, [{3: 64, 5: 32}] + 9 * [{3: 96}]),
+    (128, [{3: 128, 5: 64}] + 16 * [{3: 192}]),
+    (256, [{3: 256, 5: 256, 7: 256}] + 6 * [{3: 172, 5: 170}]),
+)
+_MFN_STAGES = (
+    (64, [{3: 64, 5: 32, 7: 32}] + 9 * [{3: 96, 5: 32}]),
+    (128, [{3: 128, 5: 64, 7: 64}] + 16 * [{3: 192, 5: 64}]),
+    (256, [{3: 256, 5: 256, 7: 256, 9: 256}] + 6 * [{3: 172, 5: 170, 7: 170}]),
+)
+_MOBILEFACENET_STAGES = (
+    (64, 5 * [{3: 128}]),
+    (128, 7 * [{3: 256}]),
+    (128, [{3: 512}] + 2 * [{3: 256}]),
+)
+
+
+def _create_network(variant: str, pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+    return build_model_with_cfg(
+        MixedFeatureNet, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def lfn_small(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+    """LFN with the head of MFN: the paper's network without Spatial Bias."""
+    model_args = dict(stages=_LFN_STAGES)
+    return _create_network('lfn_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def lfnsb(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+    """LFN with Spatial Bias, the paper's network."""
+    model_args = dict(stages=_LFN_STAGES, head='sb')
+    return _create_network('lfnsb', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mfn(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+    """MFN, the backbone of DDAMFN, with its embedding head."""
+    model_args = dict(stages=_MFN_STAGES, final_chs=512, stem_act=True)
+    return _create_network('mfn', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddamfn(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+    """DDAMFN: MFN with two direction attention heads."""
+    model_args = dict(stages=_MFN_STAGES, final_chs=512, stem_act=True, head='dda', embed_dim=512)
+    return _create_network('ddamfn', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobilefacenet(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+    """MobileFaceNet, the baseline of the paper's Table 2, with the 128 values of its own paper as embedding."""
+    model_args = dict(stages=_MOBILEFACENET_STAGES, final_chs=512, mixed=False, stem_act=True, embed_dim=128)
+    return _create_network('mobilefacenet', pretrained=pretrained, **dict(model_args, **kwargs))

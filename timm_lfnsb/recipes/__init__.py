@@ -1,0 +1,26 @@
+"""YAML recipes and class maps for timm's train script: `timm-lfnsb run train.py --config NAME --class-map NAME`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in this package."""
+    return sorted(path.stem for path in Path(__file__).parent.glob('*.yaml'))
+
+
+def recipe_path(name: str) -> Path:
+    """Path of a recipe's file.
+
+    Raises:
+        KeyError: When there is no such recipe; the message lists those there are.
+    """
+    if name not in recipe_names():
+        raise KeyError(f"no recipe {name!r}; there are {', '.join(recipe_names())}")
+    return Path(__file__).parent / f'{name}.yaml'
+
+
+def class_map_path(name: str) -> Path | None:
+    """Path of a class map of this package (the canonical label order of a data set), or None where there is none."""
+    path = Path(__file__).parent / f'{name}.classes.txt'
+    return path if path.is_file() else None

@@ -1,0 +1,2 @@
+"""The one place of the version, readable without importing torch."""
+__version__ = '0.1.0'
