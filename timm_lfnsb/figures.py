@@ -1,0 +1,71 @@
+"""Figures of an evaluation; matplotlib figures without pyplot, so that no global state changes."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix as row percentages with class names on both axes, as in the paper's Figure 6.
+
+    Args:
+        confusion: Counts (C, C); rows are the true classes, columns the predicted ones.
+        label_names: The C class names. Rows show their number of images; a row without images stays grey.
+    """
+    counts = np.asarray(confusion)
+    totals = counts.sum(axis=1)
+    size = 3 + 0.75 * len(counts)
+    figure = Figure(figsize=(size, size - 1.4), dpi=150, layout='compressed')
+    axes = figure.add_subplot(facecolor='0.92')
+    with np.errstate(invalid='ignore'):
+        percent = 100 * counts / totals[:, None]
+    image = axes.imshow(np.ma.masked_invalid(percent), cmap='Blues', vmin=0, vmax=100)
+    for row, values in enumerate(percent):
+        if not totals[row]:
+            axes.text((len(values) - 1) / 2, row, 'no images', ha='center', va='center', color='0.4')
+            continue
+        for column, value in enumerate(values):
+            axes.text(column, row, f'{value:.1f}', ha='center', va='center', color='white' if value > 50 else 'black')
+    axes.set_xticks(range(len(counts)), label_names, rotation=45, ha='right', rotation_mode='anchor')
+    axes.set_yticks(range(len(counts)), [f'{name} ({n})' for name, n in zip(label_names, totals, strict=True)])
+    axes.set_xlabel('predicted')
+    axes.set_ylabel('true (number of images)')
+    figure.colorbar(image, ax=axes, label='% of the true class', shrink=0.8)
+    return figure
+
+
+def reliability_figure(calibration: Sequence[Mapping[str, Any]], ece: float) -> Figure:
+    """Draw accuracy over confidence, with the number of images in each bin below.
+
+    Args:
+        calibration: What `timm_lfnsb.evaluate.calibration_bins` returns.
+        ece: Expected calibration error, as a fraction.
+    """
+    figure = Figure(figsize=(7, 7.3), dpi=150, layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
+    filled = [row for row in calibration if row['count']]
+    upper.plot([0, 1], [0, 1], color='0.5', linestyle='--', label='perfect calibration')
+    upper.bar(
+        [row['low'] for row in filled], [row['accuracy'] for row in filled],
+        width=[row['high'] - row['low'] for row in filled], align='edge', color='tab:blue', edgecolor='white',
+        label='accuracy')
+    upper.plot(
+        [row['confidence'] for row in filled], [row['accuracy'] for row in filled], 'o', color='black', markersize=4,
+        clip_on=False, zorder=3, label='at the mean confidence of the bin')
+    upper.set_ylabel('accuracy')
+    upper.set_ylim(0, 1.02)
+    upper.set_title(f'expected calibration error {100 * ece:.1f} %')
+    figure.legend(loc='outside lower center', ncols=3)
+
+    bars = lower.bar(
+        [row['low'] for row in calibration], [row['count'] for row in calibration],
+        width=[row['high'] - row['low'] for row in calibration], align='edge', color='0.6', edgecolor='white')
+    lower.bar_label(bars, fontsize='small', padding=1)
+    lower.margins(y=0.15)
+    lower.set_xlim(0, 1)
+    lower.set_ylabel('images')
+    lower.set_xlabel('confidence (highest probability)')
+    return figure
