@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_attn, get_device_dtype
+from timm.layers import create_attn
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -338,8 +338,10 @@ class MixedFeatureNet(nn.Module):
         elif global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes
+        weight = next(self.stem.parameters())
         self.fc = nn.Linear(
-            self.head_hidden_size, num_classes, **get_device_dtype(self)) if num_classes > 0 else nn.Identity()
+            self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype,
+        ) if num_classes > 0 else nn.Identity()
         self.fc.train(self.training)
 
     def forward_intermediates(
@@ -397,7 +399,7 @@ class MixedFeatureNet(nn.Module):
             # The head is sized for the final map, so it goes with the last stage.
             self.head = nn.Identity()
             self.head_pool = ''
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']  # type: ignore[assignment]
             self.reset_classifier(0, '')
         return take_indices
 

@@ -41,6 +41,8 @@ def average_features(features: torch.Tensor, output_fmt: str = 'NCHW', num_prefi
 class CosineHarmonyModule(nn.Module):
     """Model and Cosine-Harmony loss as one trainable module, so that DDP, EMA and the optimizer see the centers."""
 
+    model: Any  # a timm model, whose interface nn.Module does not know
+
     def __init__(self, model: nn.Module, loss: CosineHarmonyLoss):
         super().__init__()
         self.model = model
@@ -89,9 +91,12 @@ class CosineHarmonyTask(ClassificationTask):
         ValueError: When the model has no separate features, or a loss setting is out of range.
     """
 
+    trainable_module: Any
+    eval_model: Any
+
     def __init__(
             self,
-            model: nn.Module,
+            model: Any,
             criterion: Optional[Union[nn.Module, Callable]] = None,
             weight: float = 1.0,
             alpha: float = 0.1,
@@ -102,7 +107,7 @@ class CosineHarmonyTask(ClassificationTask):
         super().__init__(model, criterion, **kwargs)
         if not (hasattr(model, 'forward_features') and hasattr(model, 'forward_head')):
             raise ValueError(
-                f'{type(model).__name__} has no forward_features and forward_head, which the Cosine-Harmony loss needs.')
+                f'the Cosine-Harmony loss needs forward_features and forward_head, {type(model).__name__} lacks them.')
         self.weight = weight
         loss = CosineHarmonyLoss(
             model.num_classes, model.num_features, alpha=alpha, variant=variant, learn_centers=learn_centers)
@@ -112,9 +117,15 @@ class CosineHarmonyTask(ClassificationTask):
         # timm's script names the device even on the CPU, which DDP refuses.
         if self.device.type == 'cpu':
             device_ids = None
-        return super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
+        super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
+        return self
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's own signature, not nn.Module's
+            self,
+            backend: str = 'inductor',
+            mode: Optional[str] = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
         trainable = self.trainable_module
         self.eval_model = torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs)

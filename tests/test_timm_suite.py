@@ -1,0 +1,95 @@
+"""timm's own model tests, run on this zoo's names.
+
+timm's sdist on the package index brings its tests; TIMM_SDIST names a copy already at hand. The whole of
+tests/test_models.py that is parametrised over all models runs on ours, no test of it is excluded. Tests that timm
+parametrises over lists of its own modules or names skip plugins silently, so those that check a promise of every model
+are called here for our names. Left out of them: test_prune_intermediate_layers_last_feature, which asks a pruned model
+for average pooling; these networks have no pool but the one of their head.
+"""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+OLDEST_TIMM = re.search(r'"timm>=([\d.]+)"', (Path(__file__).parent.parent / 'pyproject.toml').read_text())[1]
+
+CALL_FOR_OUR_NAMES = '''
+import inspect
+import pytest
+from tests import test_models
+from timm_lfnsb.networks import default_cfgs
+
+TESTS = [
+    'test_model_forward_intermediates', 'test_model_forward_intermediates_features',
+    'test_prune_intermediate_layers_contract', 'test_prune_intermediate_layers_params_used',
+    'test_forward_after_prune_intermediate_layers', 'test_prune_to_stem_feature',
+    'test_features_only_grad_checkpointing_backward', 'test_headless_checkpoint_reload',
+]
+TESTS = [name for name in TESTS if hasattr(test_models, name)]  # older releases have fewer
+assert TESTS[:2] == ['test_model_forward_intermediates', 'test_model_forward_intermediates_features']
+
+
+@pytest.mark.parametrize('model_name', sorted(default_cfgs))
+@pytest.mark.parametrize('test', TESTS)
+def test_ours(test, model_name):
+    function = getattr(test_models, test)
+    arguments = dict(model_name=model_name, batch_size=1, kwargs={})
+    function(**{name: arguments[name] for name in inspect.signature(function).parameters})
+'''
+
+
+def pip(*args: str) -> None:
+    result = subprocess.run([sys.executable, '-m', 'pip', *args], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("the package index cannot be reached for timm's sdist (set TIMM_SDIST to a copy): "
+                    + result.stderr.strip().splitlines()[-1])
+
+
+def timm_tests(version: str, folder: Path) -> None:
+    """Unpack the tests of a timm release, and only them: the installed package is what they shall test."""
+    sdist = os.environ.get('TIMM_SDIST')
+    if not sdist or f'timm-{version}.tar.gz' != Path(sdist).name:
+        pip('download', '--quiet', '--no-deps', '--no-binary', 'timm', f'timm=={version}', '--dest', str(folder))
+        sdist = folder / f'timm-{version}.tar.gz'
+    with tarfile.open(sdist) as archive:
+        for member in archive.getmembers():
+            name = Path(member.name)
+            if member.isfile() and len(name.parts) == 3 and name.parts[1] == 'tests' and name.suffix == '.py':
+                member.name = str(Path(*name.parts[1:]))
+                archive.extract(member, folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+    (folder / 'tests' / 'test_ours.py').write_text(CALL_FOR_OUR_NAMES)
+
+
+def run_timm_tests(folder: Path, packages: list[Path]) -> None:
+    root = Path(__file__).parent.parent
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, [*packages, folder, root])))
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-p', 'timm_lfnsb', '-p', 'no:cacheprovider', '-q', '--no-header', '-rfEs',
+         '--rootdir', str(folder), '-k', 'lfn or mfn or mobilefacenet or ddamfn',
+         'tests/test_models.py', 'tests/test_ours.py'],
+        cwd=folder, env=env, capture_output=True, text=True)
+    report = result.stdout[-6000:] + result.stderr[-2000:]
+    assert result.returncode == 0, report
+    counts = dict((word, int(count)) for count, word in re.findall(r'(\d+) (passed|skipped|failed)', report))
+    print(report.strip().splitlines()[-1])
+    assert counts.get('passed', 0) >= 50 and not counts.get('skipped') and not counts.get('failed'), report
+
+
+def test_installed_timm(tmp_path):
+    timm_tests(timm.__version__, tmp_path)
+    run_timm_tests(tmp_path, [])
+
+
+@pytest.mark.slow
+def test_oldest_declared_timm(tmp_path):
+    packages = tmp_path / 'packages'
+    pip('install', '--quiet', '--no-deps', '--target', str(packages), f'timm=={OLDEST_TIMM}')
+    timm_tests(OLDEST_TIMM, tmp_path)
+    run_timm_tests(tmp_path, [packages])
