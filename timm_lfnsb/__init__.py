@@ -2,10 +2,24 @@
 
 Importing this package registers the models with timm; nothing is fetched and nothing heavy is imported.
 """
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import networks as networks
 from .loss import CosineHarmonyLoss
 from .task import CosineHarmonyTask
-
 from .version import __version__
 
-__all__ = ['CosineHarmonyLoss', 'CosineHarmonyTask', '__version__']
+if TYPE_CHECKING:
+    from .faces import align_face
+    from .recognizer import ExpressionRecognizer
+
+__all__ = ['CosineHarmonyLoss', 'CosineHarmonyTask', 'ExpressionRecognizer', '__version__', 'align_face']
+
+_LAZY = {'ExpressionRecognizer': 'recognizer', 'align_face': 'faces'}  # these import OpenCV
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{_LAZY[name]}', __name__), name)
