@@ -1,4 +1,6 @@
-"""A stand-in for timm's train script with its module-level contract: config_parser, parser, ClassificationTask, main.
+"""A stand-in for timm's train script with its module-level contract.
+
+That is config_parser, parser, create_dataset, ClassificationTask and main.
 
 Just enough of it to test the launcher where no clone of timm is at hand.
 """
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from timm.data import create_dataset
 from timm.models import create_model
 from timm.task import ClassificationTask
 
@@ -20,6 +23,16 @@ parser.add_argument('--kd-model-name', default=None)
 parser.add_argument('--torchscript', action='store_true')
 parser.add_argument('--naflex-loader', action='store_true')
 parser.add_argument('--aug-splits', type=int, default=0)
+parser.add_argument('--use-multi-epochs-loader', action='store_true')
+parser.add_argument('--data-dir')
+parser.add_argument('--dataset', default='')
+parser.add_argument('--train-split', default='train')
+parser.add_argument('--num-classes', type=int)
+parser.add_argument('--pretrained', action='store_true')
+parser.add_argument('--pretrained-path')
+parser.add_argument('--initial-checkpoint', default='')
+parser.add_argument('--resume', default='')
+parser.add_argument('--seed', type=int, default=42)
 parser.add_argument('--output', default='.')
 
 
@@ -37,8 +50,18 @@ def main():
     task = ClassificationTask(
         model=model, criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'), dtype=None, verbose=False)
     parts = task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+    epochs = []
+    if args.data_dir:
+        dataset = create_dataset(
+            args.dataset, root=args.data_dir, split=args.train_split, is_training=True, class_map=args.class_map)
+        dataset.transform = None
+        for epoch in range(2):
+            if hasattr(dataset, 'set_epoch'):
+                dataset.set_epoch(epoch)
+            epochs.append([dataset[i][1] for i in range(len(dataset))])
     Path(args.output, 'result.json').write_text(json.dumps({
-        'args': vars(args), 'task': type(task).__name__, 'parts': {k: v.sum().item() for k, v in parts.items()}}))
+        'args': vars(args), 'task': type(task).__name__, 'parts': {k: v.sum().item() for k, v in parts.items()},
+        'epochs': epochs}))
 
 
 if __name__ == '__main__':

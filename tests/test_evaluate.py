@@ -414,7 +414,7 @@ def test_unusable_models_are_refused(saved, tree, tmp_path):
     folder = tmp_path / 'changed'
     save_for_hf(make_model(EXPRESSIONS_7), folder, safe_serialization=True)
     config = json.loads((folder / 'config.json').read_text())
-    for names, message in (EXPRESSIONS_8, '7 outputs'), (['anger', *EXPRESSIONS_7[:5], 'angry'], '7 outputs'), (
+    for names, message in (EXPRESSIONS_8, '7 classes'), (['anger', *EXPRESSIONS_7[:5], 'angry'], '7 classes'), (
             None, 'no label_names'):
         config.pop('label_names', None)
         config['pretrained_cfg']['label_names'] = names

@@ -179,7 +179,8 @@ def prepare_folder(source: Path, target: Path, hard_link: bool) -> None:
 
 
 @main.command()
-@click.argument('images', nargs=-1, required=True, type=click.Path(path_type=Path), metavar='IMAGE_OR_FOLDER...')
+@click.argument('images', nargs=-1, type=click.Path(path_type=Path), metavar='IMAGE_OR_FOLDER...')
+@click.option('--sample', is_flag=True, help="Take NASA's portrait of Eileen Collins, which scikit-image brings.")
 @click.option('--model', default='lfnsb', show_default=True, metavar='NAME',
               help='A timm name with weights, local-dir:PATH or hf-hub:ID.')
 @click.option('--detector', default='haar', show_default=True, type=click.Choice(['haar', 'none']),
@@ -192,7 +193,7 @@ def prepare_folder(source: Path, target: Path, hard_link: bool) -> None:
 @click.option('--batch-size', default=32, show_default=True, type=click.IntRange(min=1))
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
 def predict(
-        images: tuple[Path, ...], model: str, detector: str, margin: float | None, as_json: bool,
+        images: tuple[Path, ...], sample: bool, model: str, detector: str, margin: float | None, as_json: bool,
         annotate: Path | None, batch_size: int, device: str,
 ) -> None:
     """Find the faces in images and name their expressions.
@@ -208,6 +209,11 @@ def predict(
     from .annotate import annotation_paths, draw_faces, save_picture
     from .faces import ImageError, find_images
     from .recognizer import ExpressionRecognizer
+    if sample:
+        import skimage
+        images = (*images, Path(skimage.__file__).parent / 'data' / 'astronaut.png')
+    if not images:
+        raise click.UsageError('give images or folders of images, or --sample.')
     if margin is not None and detector == 'none':
         raise click.UsageError('--margin needs a detector: with --detector none the whole image is the face.')
     if annotate and any(path.is_dir() and path.resolve() == annotate.resolve() for path in images):
@@ -315,3 +321,39 @@ def ship(name: str, runs: tuple[Path, ...], data_dir: Path) -> None:
     except (release.ReleaseError, PackError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(release.weights_table())
+
+
+@main.group()
+def recipe() -> None:
+    """Settings for timm's train script that come with the package: run train.py --config NAME."""
+
+
+@recipe.command('list')
+def list_recipes() -> None:
+    """Print the names, and what each is for."""
+    from .recipes import recipe_names, recipe_summary
+    names = recipe_names()
+    for name in names:
+        click.echo(f'{name:<{max(map(len, names))}}  {recipe_summary(name)}')
+
+
+def _recipe_path(name: str) -> Path:
+    from .recipes import recipe_path
+    try:
+        return recipe_path(name)
+    except KeyError as error:
+        raise click.ClickException(error.args[0]) from None
+
+
+@recipe.command()
+@click.argument('name')
+def show(name: str) -> None:
+    """Print the recipe NAME with its explanations."""
+    click.echo(_recipe_path(name).read_text(encoding='utf-8'), nl=False)
+
+
+@recipe.command('path')
+@click.argument('name')
+def print_recipe_path(name: str) -> None:
+    """Print where the file of the recipe NAME is, to copy and change it."""
+    click.echo(_recipe_path(name))

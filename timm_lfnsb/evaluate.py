@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .figures import confusion_figure, reliability_figure
-from .labels import canonical_name, match_labels
+from .labels import match_labels, model_label_names
 from .version import __version__
 
 CALIBRATION_BINS = 15
@@ -80,24 +80,6 @@ def load_model(name: str) -> nn.Module:
             raise EvaluationError(
                 f'{name} has no trained weights: give a model that has some, local-dir:PATH or hf-hub:ID.') from error
         raise EvaluationError(f"cannot load the model {name}: {' '.join(str(error).split())}") from error
-
-
-def model_label_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the class names of a timm model's pretrained config, one for each output.
-
-    Raises:
-        EvaluationError: When it has none, another number of them than outputs, or two that mean the same.
-    """
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if not isinstance(names, (list, tuple)):
-        raise EvaluationError(
-            "the model's config has no label_names, so its outputs cannot be told apart: add the class names in the "
-            'order of the outputs to its config.json.')
-    if len({canonical_name(name) for name in names}) != model.num_classes:
-        raise EvaluationError(
-            f"the model has {model.num_classes} outputs but its config names [{', '.join(names)}]: correct the "
-            'label_names in its config.json.')
-    return tuple(names)
 
 
 class _Images(ImageDataset):
@@ -184,7 +166,10 @@ def predict_folder(
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if isinstance(model, str):
         model = load_model(model)
-    label_names = model_label_names(model)
+    try:
+        label_names = model_label_names(model)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
     images, labels = _open_split(data_dir, split, label_names)
     config = resolve_model_data_config(model)
     images.input_img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'

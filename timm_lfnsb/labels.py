@@ -7,6 +7,7 @@ expression models: whatever crosses a border of this package crosses it by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 EXPRESSIONS_8: tuple[str, ...] = (
     'neutral', 'happiness', 'sadness', 'surprise', 'fear', 'disgust', 'anger', 'contempt',
@@ -59,3 +60,24 @@ def match_labels(names: Iterable[str], label_names: Sequence[str]) -> dict[str, 
     if len(set(matched.values())) != len(matched):
         raise ValueError(f"two of the class names [{', '.join(names)}] mean the same expression; merge their folders.")
     return matched
+
+
+def model_label_names(model: Any) -> tuple[str, ...]:
+    """Label names of a timm model in the order of its outputs.
+
+    Raises:
+        ValueError: When its `pretrained_cfg` has none, another number of them than the model has classes, or two that
+            mean the same expression.
+    """
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    if not names:
+        raise ValueError(
+            'the model has no label_names in its pretrained_cfg, so its outputs cannot be told apart: add them to its '
+            'config.json, in the order of its outputs.')
+    if isinstance(names, dict):  # timm also allows index -> name
+        names = [names[index] for index in sorted(names, key=int)]
+    if len(names) != model.num_classes or len({canonical_name(name) for name in names}) != len(names):
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but the label_names of its pretrained_cfg are "
+            f"[{', '.join(names)}]: give one name for each output, in the order of its outputs.")
+    return tuple(names)

@@ -1,4 +1,4 @@
-"""Run timm's own scripts with this zoo registered, and its train script with the Cosine-Harmony loss."""
+"""Run timm's own scripts with this zoo registered, and its train script with the Cosine-Harmony loss and more."""
 from __future__ import annotations
 
 import argparse
@@ -6,9 +6,10 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Sequence
+from typing import Any
 
 from .loss import VARIANTS
 from .recipes import class_map_path, recipe_names, recipe_path
@@ -40,7 +41,8 @@ def find_script(script: str) -> Path:
 def run_script(script: str, args: Sequence[str]) -> None:
     """Run one of timm's scripts as if it were called with `args`.
 
-    A script whose name contains 'train' gets the --cosine-harmony options; every other one runs as it is.
+    A script whose name contains 'train' gets the --cosine-harmony options and --balance-power, and warns where the
+    weights it starts from have other classes than the run; every other script runs as it is.
 
     Raises:
         LaunchError: When the script is missing, or cannot do what the options ask.
@@ -52,7 +54,7 @@ def run_script(script: str, args: Sequence[str]) -> None:
         return
     module = load_module(path)
     if hasattr(module, 'parser'):
-        add_cosine_harmony(module)
+        extend_train_script(module)
     module.main()
 
 
@@ -88,13 +90,13 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def add_cosine_harmony(module: Any) -> None:
-    """Give a train script the --cosine-harmony options and let it build our task where they ask for it.
+def extend_train_script(module: Any) -> None:
+    """Give a train script our options, and let it build our task and dataset where they ask for it.
 
-    The script's contract: a module-level `parser`, which `main()` asks for the arguments, and `ClassificationTask`,
-    which `main()` looks up in the module's globals.
+    The script's contract: a module-level `parser`, which `main()` asks for the arguments, and `ClassificationTask` and
+    `create_dataset`, which `main()` looks up in the module's globals.
     """
-    parser: argparse.ArgumentParser = module.parser
+    parser = module.parser
     group = parser.add_argument_group('Cosine-Harmony loss (timm_lfnsb)')
     group.add_argument('--cosine-harmony', type=float, default=0., metavar='WEIGHT',
                        help='weight of the Cosine-Harmony loss beside the classification loss, 0 = off (default: 0)')
@@ -104,10 +106,18 @@ def add_cosine_harmony(module: Any) -> None:
                        help='its formula (default: intended)')
     group.add_argument('--cosine-harmony-fixed-centers', action='store_true', default=False,
                        help='keep the random class centers instead of learning them')
+    group = parser.add_argument_group('Class balance (timm_lfnsb)')
+    group.add_argument('--balance-power', type=float, default=0., metavar='POWER',
+                       help='draw the training images of an epoch with replacement, and a class of n images in '
+                            'proportion to n ** (1 - POWER): 1 = all classes equally often, 0.5 = by the square root '
+                            'of their size, 0 = off, each image once. Rare classes usually gain and with them balanced '
+                            'accuracy; frequent ones, and plain accuracy on data as imbalanced as the training split, '
+                            'may lose (default: 0)')
 
-    options = argparse.Namespace(cosine_harmony=0.)
+    options = argparse.Namespace(cosine_harmony=0., balance_power=0.)
     parse_args = parser.parse_args
-    plain_task = getattr(module, 'ClassificationTask', None)
+    plain_task: Any = getattr(module, 'ClassificationTask', None)
+    plain_dataset: Any = getattr(module, 'create_dataset', None)
 
     def parse_and_check(*args: Any, **kwargs: Any) -> argparse.Namespace:
         nonlocal options
@@ -116,25 +126,39 @@ def add_cosine_harmony(module: Any) -> None:
         if class_map and not Path(class_map).is_file():
             options.class_map = str(class_map_path(class_map) or class_map)
         check_options(options, has_task=plain_task is not None)
+        check_balance(options, has_dataset=plain_dataset is not None)
+        from .label_check import warn_of_other_labels
+        warn_of_other_labels(options)
         return options
 
-    parser.parse_args = parse_and_check  # type: ignore[method-assign]
+    parser.parse_args = parse_and_check
 
     def create_task(*args: Any, **kwargs: Any) -> Any:
         if not options.cosine_harmony:
             return plain_task(*args, **kwargs)
         from .task import CosineHarmonyTask
-        return CosineHarmonyTask(
-            *args,
+        kwargs.update(
             weight=options.cosine_harmony,
             alpha=options.cosine_harmony_alpha,
             variant=options.cosine_harmony_variant,
             learn_centers=not options.cosine_harmony_fixed_centers,
-            **kwargs,
         )
+        return CosineHarmonyTask(*args, **kwargs)
+
+    def create_dataset(*args: Any, **kwargs: Any) -> Any:
+        dataset = plain_dataset(*args, **kwargs)
+        if not options.balance_power or not kwargs.get('is_training'):
+            return dataset
+        from .balance import BalancedDataset
+        try:
+            return BalancedDataset(dataset, options.balance_power, seed=getattr(options, 'seed', 0))
+        except ValueError as error:
+            raise LaunchError(f'--balance-power: {error}') from None
 
     if plain_task is not None:
         module.ClassificationTask = create_task
+    if plain_dataset is not None:
+        module.create_dataset = create_dataset
 
 
 def check_options(options: argparse.Namespace, has_task: bool) -> None:
@@ -166,3 +190,25 @@ def check_options(options: argparse.Namespace, has_task: bool) -> None:
             raise LaunchError(f'--cosine-harmony cannot be combined with {name}: leave one of the two out.')
     if options.cosine_harmony < 0 or not 0 <= options.cosine_harmony_alpha <= 1:
         raise LaunchError('--cosine-harmony must not be negative, and --cosine-harmony-alpha must lie in [0, 1].')
+
+
+def check_balance(options: argparse.Namespace, has_dataset: bool) -> None:
+    """Refuse what cannot work together with class balance.
+
+    Raises:
+        LaunchError: With the option to change.
+    """
+    if not options.balance_power:
+        return
+    if not 0 <= options.balance_power <= 1:
+        raise LaunchError('--balance-power must lie in [0, 1].')
+    if not has_dataset:
+        raise LaunchError('--balance-power needs a train script that makes its data with create_dataset: take timm\'s.')
+    conflicts = {
+        'the NaFlex loader (--naflex-loader)': 'naflex_loader',
+        'augmentation splits (--aug-splits)': 'aug_splits',
+        '--use-multi-epochs-loader (it reads ahead of the draw)': 'use_multi_epochs_loader',
+    }
+    for name, option in conflicts.items():
+        if getattr(options, option, None):
+            raise LaunchError(f'--balance-power cannot be combined with {name}: leave one of the two out.')

@@ -516,6 +516,7 @@ _ARCHS: Dict[str, Dict[str, Any]] = {
 _UNTRAINED_TAGS = {'rafdb': EXPRESSIONS_7, 'affectnet7': EXPRESSIONS_7, 'affectnet8': EXPRESSIONS_8}
 
 default_cfgs = generate_default_cfgs({
+    'lfnsb.ferplus': _cfg(EXPRESSIONS_8, file=str(WEIGHTS_DIR / 'lfnsb.ferplus.safetensors'), **_ARCHS['lfnsb']),
     **{
         f'{arch}.{tag}': _cfg(label_names, **info)
         for arch, info in _ARCHS.items() for tag, label_names in _UNTRAINED_TAGS.items()

@@ -164,6 +164,7 @@ def pack(
         save_for_hf(
             half_precision(model) if half else model, str(folder),
             model_config=dict(label_names=label_names), safe_serialization=True)
+        os.chmod(folder / 'model.safetensors', 0o644)  # safetensors writes it for the owner alone
         if out_dir.is_dir():
             out_dir.rmdir()
         os.rename(folder, out_dir)

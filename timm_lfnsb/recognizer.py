@@ -14,6 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from . import networks as networks  # registers the models
 from .faces import Box, HaarDetector, ImageError, ImageInput, align_face, aligned_box, clip_box, crop_face, read_image
+from .labels import model_label_names
 
 Detector = Callable[[np.ndarray], Any]
 
@@ -95,7 +96,7 @@ class ExpressionRecognizer:
 
         if isinstance(model, str):
             model = timm.create_model(model, pretrained=True)
-        self.label_names = label_names(model)
+        self.label_names = model_label_names(model)
         if device == 'auto':
             device = 'cuda' if torch.cuda.is_available() else 'cpu'
         try:
@@ -201,28 +202,6 @@ class ExpressionRecognizer:
         probabilities = dict(zip(self.label_names, scores, strict=True))
         label = max(probabilities, key=probabilities.__getitem__)
         return Face(box, label, probabilities[label], probabilities)
-
-
-def label_names(model: nn.Module) -> tuple[str, ...]:
-    """Label names of a timm model in the order of its outputs.
-
-    Raises:
-        ValueError: When its `pretrained_cfg` has none, another number of them than the model has classes, or one twice.
-    """
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    names = cfg.get('label_names')
-    if not names:
-        raise ValueError(
-            "the model has no label_names in its pretrained_cfg, so its outputs have no names: add them to the model's "
-            'config.json, in the order of its outputs.')
-    if isinstance(names, dict):  # timm also allows index -> name
-        names = [names[index] for index in sorted(names, key=int)]
-    num_classes = getattr(model, 'num_classes', cfg.get('num_classes'))
-    if len(names) != num_classes or len(set(names)) != len(names):
-        raise ValueError(
-            f"the model has {num_classes} classes, but the label_names of its pretrained_cfg are "
-            f"[{', '.join(names)}]: give one name for each output, in the order of its outputs.")
-    return tuple(names)
 
 
 def _preprocessing(model: nn.Module) -> tuple[int, Callable[[Image.Image], torch.Tensor]]:

@@ -16,8 +16,18 @@ def recipe_path(name: str) -> Path:
         KeyError: When there is no such recipe; the message lists those there are.
     """
     if name not in recipe_names():
-        raise KeyError(f"no recipe {name!r}; there are {', '.join(recipe_names())}")
+        raise KeyError(f"no recipe {name!r}; there are {', '.join(recipe_names())}.")
     return Path(__file__).parent / f'{name}.yaml'
+
+
+def recipe_summary(name: str) -> str:
+    """First comment line of a recipe.
+
+    Raises:
+        KeyError: When there is no such recipe.
+    """
+    with recipe_path(name).open(encoding='utf-8') as file:
+        return file.readline().lstrip('# ').rstrip()
 
 
 def class_map_path(name: str) -> Path | None:

@@ -1,0 +1,70 @@
+"""Class balance: draw the training images of rare classes more often."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from timm.utils import world_info_from_env
+from torch.utils.data import Subset, WeightedRandomSampler
+
+_logger = logging.getLogger(__name__)
+
+
+class BalancedDataset(Subset):
+    """Training set whose images are drawn anew each epoch, with replacement, and those of rare classes more often.
+
+    An epoch stays as long as it was. A class of n images gets a share of it that is proportional to n ** (1 - power):
+    power 0 leaves the classes as they are, 1 draws all of them equally often, 0.5 by the square root of their size.
+    The draw is a function of seed and epoch alone: each process of a distributed run makes the same one, so the
+    sampler can divide it among them, and a resumed run repeats it. Samplers and transforms see an ordinary dataset.
+
+    Args:
+        dataset: A folder dataset of timm, whose reader lists its samples and targets.
+        power: In [0, 1].
+        seed: The run's seed.
+
+    Raises:
+        ValueError: When the power is out of range, or the dataset does not tell its targets without loading images.
+    """
+
+    indices: Any
+    dataset: Any
+
+    def __init__(self, dataset: Any, power: float, seed: int = 0):
+        if not 0 <= power <= 1:
+            raise ValueError(f'the balance power must lie in [0, 1], got {power}.')
+        try:
+            targets = torch.tensor([target for _, target in dataset.reader.samples])
+            counts = targets.bincount()
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            raise ValueError('class balance needs a folder of images as --data-dir, not --dataset.') from None
+        # In shared memory: worker processes that live on from epoch to epoch keep the dataset they were started with.
+        super().__init__(dataset, torch.arange(len(targets)).share_memory_())
+        self.weights = counts.double()[targets] ** -power
+        self.seed = seed
+        self.set_epoch(0)
+        if world_info_from_env()[1] == 0:
+            self._log(counts, power)
+
+    def _log(self, counts: torch.Tensor, power: float) -> None:
+        shares = counts.double() ** (1 - power) * (counts > 0)
+        expected = (shares / shares.sum() * len(self)).round().int().tolist()
+        names = {index: name for name, index in self.dataset.reader.class_to_idx.items()}
+        _logger.info(f'Class balance with power {power:g}, images of an epoch: ' + ', '.join(
+            f'{names[i]} {count} -> {expected[i]}' for i, count in enumerate(counts.tolist()) if count))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the images of an epoch; timm's train script calls this before each."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        drawn = WeightedRandomSampler(self.weights, len(self), generator=generator)  # type: ignore[arg-type]
+        self.indices.copy_(torch.tensor(list(drawn)))
+
+    # timm's loader sets the transform after the dataset is made.
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
