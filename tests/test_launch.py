@@ -119,6 +119,51 @@ def test_the_same_flags_are_free_without_the_loss(tmp_path):
     assert standin(tmp_path, '--aug-splits', '3')['task'] == 'ClassificationTask'
 
 
+def changed_standin(tmp_path, old: str, new: str) -> Path:
+    text = STANDIN.read_text()
+    assert old in text
+    script = tmp_path / 'changed_train.py'
+    script.write_text(text.replace(old, new))
+    return script
+
+
+def test_a_script_that_goes_past_the_replaced_task_is_refused(tmp_path):
+    """A table of tasks made at import still holds timm's own: training without the loss must not go unnoticed."""
+    parser = 'parser = argparse.ArgumentParser(description'
+    script = changed_standin(tmp_path, parser, f"TASKS = {{'classification': ClassificationTask}}\n{parser}")
+    script.write_text(script.read_text().replace('task = ClassificationTask(', "task = TASKS['classification']("))
+    assert run(script, '--output', tmp_path).returncode == 0
+    one_sentence(run(script, '--output', tmp_path, '--cosine-harmony', '1'), 'builds a ClassificationTask')
+
+
+def test_scripts_that_parse_known_args_or_check_the_type(tmp_path):
+    script = changed_standin(
+        tmp_path, 'args = parser.parse_args(remaining)', 'args, _ = parser.parse_known_args(remaining)')
+    script.write_text(script.read_text().replace(
+        '    parts = task(', '    assert isinstance(task, ClassificationTask)\n    parts = task('))
+    for flags, name in (([], 'ClassificationTask'), (['--cosine-harmony', '1'], 'CosineHarmonyTask')):
+        result = run(script, '--output', tmp_path, *flags)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / 'result.json').read_text())['task'] == name
+
+
+def test_a_variant_from_yaml_is_checked(tmp_path):
+    (tmp_path / 'config.yaml').write_text('cosine_harmony: 1.0\ncosine_harmony_variant: best\n')
+    one_sentence(run(STANDIN, '--config', tmp_path / 'config.yaml'), 'intended, paper, reference')
+
+
+def test_siblings_of_a_script_can_be_imported(tmp_path):
+    (tmp_path / 'sibling.py').write_text('word = 17\n')
+    (tmp_path / 'inference.py').write_text('import sibling\nprint(sibling.word)\n')
+    assert run(tmp_path / 'inference.py', '-c', 'not-a-recipe').stdout.strip() == '17'
+
+
+def test_a_validation_split_that_is_not_there_is_refused(timm_scripts, face_folder):
+    """timm would validate on the whole folder, training images included."""
+    one_sentence(run('train.py', '--data-dir', face_folder, '--val-split', 'test', '--model', 'mobilefacenet',
+                     env={'TIMM_SCRIPTS': str(timm_scripts)}), "no split 'test'", 'train, validation')
+
+
 def test_missing_script():
     environ = {'TIMM_SCRIPTS': ''}
     one_sentence(run('no_such_train.py', env=environ), 'no_such_train.py', 'TIMM_SCRIPTS', 'pytorch-image-models')
@@ -383,7 +428,7 @@ def test_real_train_with_registration_alone(timm_scripts, face_folder, tmp_path)
 
 def test_real_train_on_two_processes(timm_scripts, face_folder, tmp_path):
     """torchrun with two gloo processes on the CPU: both ranks end with equal centers."""
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29533',
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone',
                 '-m', 'timm_lfnsb']
     # Each rank leaves its centers in a file when it ends.
     (tmp_path / 'sitecustomize.py').write_text('''

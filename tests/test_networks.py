@@ -68,8 +68,41 @@ def test_wrapped_checkpoints_load_alike(wrap, tmp_path):
 def test_incomplete_authors_checkpoint_is_refused(tmp_path):
     entry = golden_networks()['lfnsb_7']
     entry = dict(entry, keys={k: v for k, v in entry['keys'].items() if 'features.5.model.3.CA.conv2' not in k})
-    with pytest.raises(RuntimeError, match=r'Missing key.*stages\.1\.4\.attn\.conv_h'):
+    with pytest.raises(RuntimeError, match=r'Missing keys: 2 \(stages\.1\.4\.attn\.conv_h'):
         load_golden(entry, tmp_path)
+
+
+@pytest.mark.parametrize('source, target, drop', [
+    ('lfnsb_7', 'lfnsb', 'features.5.'), ('lfn', 'lfnsb', ''), ('lfnsb_7', 'lfn_small', ''), ('mfn', 'ddamfn', '')])
+def test_lenient_loading_never_leaves_random_weights(source, target, drop, tmp_path):
+    """train.py --pretrained-path sets num_classes=-1, and timm then loads without complaint about missing keys."""
+    entry = golden_networks()[source]
+    keys = {k: v for k, v in entry['keys'].items() if not (drop and k.startswith(drop))}
+    save_file(rule_weights(keys, 1), tmp_path / 'authors.safetensors')
+    with pytest.raises(RuntimeError, match='another network'):
+        timm.create_model(target, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
+            file=str(tmp_path / 'authors.safetensors'), num_classes=-1))
+
+
+def test_fine_tuning_from_an_authors_checkpoint_takes_all_but_the_classifier(tmp_path):
+    entry = golden_networks()['lfnsb_7']
+    save_file(rule_weights(entry['keys'], 1), tmp_path / 'authors.safetensors')
+    model = timm.create_model('lfnsb', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'authors.safetensors'), num_classes=-1)).eval()
+    features = model.forward_features(rule_input(1, 2, 112)).detach()
+    golden = entry['features']
+    assert relative_error(features.flatten()[torch.tensor(golden['index'])], golden['value']) < 1e-4
+    assert model(rule_input(1, 2, 112)).shape == (2, 5)
+
+
+def test_an_embedding_network_with_a_classifier_keeps_its_norm(tmp_path):
+    entry = golden_networks()['lfn']
+    weights = rule_weights({**entry['keys'], 'fc.weight': [4, 256], 'fc.bias': [4]}, 1)
+    save_file(weights, tmp_path / 'authors.safetensors')
+    model = timm.create_model('lfn_small', pretrained=True, num_classes=4, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'authors.safetensors'), num_classes=4))
+    assert torch.equal(model.head.bn.running_mean, weights['bn.running_mean'])
+    assert torch.equal(model.fc.weight, weights['fc.weight'])
 
 
 # design notes section 2, "Counts": without the classifier, the backbone is forward_features alone
@@ -104,6 +137,12 @@ def test_lfnsb_takes_any_size_without_being_told():
             assert model(torch.randn(1, 3, height, width)).shape[0] == 1
     with pytest.raises(AssertionError, match='17 px or more'):
         model(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize('name', FIXED_SIZE)
+def test_another_size_than_the_head_was_built_for_is_named(name):
+    with pytest.raises(AssertionError, match='pass img_size'):
+        timm.create_model(name).eval()(torch.randn(1, 3, 128, 128))
 
 
 def test_rectangular_image_size():

@@ -64,8 +64,18 @@ def test_without_a_class_map_the_folders_as_train_py_indexed_them(make_run, tmp_
 
 
 def test_a_lost_class_map_is_never_replaced_by_the_folders(make_run, tmp_path):
-    run, *_ = make_run(class_map='gone.txt')
+    run, *_ = make_run(class_map=str(tmp_path / 'gone.txt'))
     with pytest.raises(PackError, match=r'gone\.txt is not there any more'):
+        pack(run, tmp_path / 'out')
+    assert pack(run, tmp_path / 'out', labels=IN_MAP)['label_names'] == IN_MAP
+
+
+@pytest.mark.parametrize('settings', [dict(class_map='class_map.txt'), dict(class_map='', data_dir='faces')])
+def test_relative_paths_of_a_run_are_not_trusted(settings, make_run, tmp_path, face_folder, monkeypatch):
+    """Another folder's file of the same name would give wrong names without a word."""
+    monkeypatch.chdir(face_folder)
+    run, *_ = make_run(**settings)
+    with pytest.raises(PackError, match='relative path'):
         pack(run, tmp_path / 'out')
     assert pack(run, tmp_path / 'out', labels=IN_MAP)['label_names'] == IN_MAP
 
@@ -76,8 +86,9 @@ def test_labels_by_hand_only_where_the_run_is_silent(make_run, tmp_path):
         pack(run, tmp_path / 'out')
     with pytest.raises(PackError, match='4 classes, but there are 3'):
         pack(run, tmp_path / 'out', labels=['a', 'b', 'c'])
-    with pytest.raises(PackError, match='twice'):
-        pack(run, tmp_path / 'out', labels=['a', 'b', 'c', 'a'])
+    for wrong in (['a', 'b', 'c', 'a'], ['a', '', 'b', 'c']):
+        with pytest.raises(PackError, match='twice'):
+            pack(run, tmp_path / 'out', labels=wrong)
     assert not (tmp_path / 'out').exists()
     assert pack(run, tmp_path / 'out', labels=['a', 'b', 'c', 'd'])['label_names'] == ['a', 'b', 'c', 'd']
 
@@ -102,6 +113,45 @@ def test_model_arguments_and_preprocessing_of_the_run_survive(make_run, tmp_path
     assert config['model_args']['embed_dim'] == 64
     assert config['pretrained_cfg']['interpolation'] == 'bicubic' and config['pretrained_cfg']['crop_pct'] == 0.9
     assert load(tmp_path / 'out').head_hidden_size == 64
+
+
+def test_grey_and_other_sizes_as_train_py_built_them(make_run, tmp_path):
+    run, *_ = make_run(model_kwargs={'img_size': 64, 'in_chans': 1}, input_size=[1, 64, 64])
+    checkpoint = torch.load(run / 'model_best.pth.tar', weights_only=False)
+    checkpoint['args'].model_kwargs = {}  # --input-size alone says it
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    pack(run, tmp_path / 'out')
+    loaded = load(tmp_path / 'out')
+    assert loaded(torch.randn(1, 1, 64, 64)).shape == (1, 4)
+    assert tuple(loaded.pretrained_cfg['input_size']) == (1, 64, 64)
+
+
+def test_the_config_claims_nothing_about_foreign_weights(make_run, tmp_path):
+    run, *_ = make_run(model='lfnsb')
+    pack(run, tmp_path / 'out')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    assert not config.get('tag') and 'license' not in config and 'file' not in config
+
+
+def test_half_precision_refuses_what_it_cannot_hold(make_run, tmp_path):
+    run, *_ = make_run()
+    checkpoint = torch.load(run / 'model_best.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema']['fc.weight'][0, 0] = 1e6
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    with pytest.raises(PackError, match=r'fc\.weight.*float16'):
+        pack(run, tmp_path / 'out', half=True)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('settings', [
+    dict(model='no_such_model'), dict(model_kwargs={'depth': 3}), dict(gp='max'), dict(model='local-dir:/gone')])
+def test_settings_that_build_no_model_are_one_sentence(settings, make_run, tmp_path):
+    run, *_ = make_run()
+    checkpoint = torch.load(run / 'model_best.pth.tar', weights_only=False)
+    vars(checkpoint['args']).update(settings)
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    result = CliRunner().invoke(main, ['pack', str(run), str(tmp_path / 'out')])
+    assert result.exit_code == 1 and 'does not fit the model' in result.output and result.exception.code == 1
 
 
 def test_half_precision_keeps_norms_and_halves_the_file(make_run, tmp_path):

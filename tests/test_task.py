@@ -190,13 +190,12 @@ def test_soft_targets_of_mixup():
     assert parts['cosine_harmony_loss'].isfinite()
 
 
-def test_bfloat16_autocast_and_gradient_accumulation():
+def test_bfloat16_autocast():
     task = make_task()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         parts = task(*BATCH)
     assert parts['cosine_harmony_loss'].dtype == torch.float32
-    with task.no_sync():
-        parts['loss'].backward()
+    parts['loss'].backward()
     assert task.trainable_module.loss.centers.grad.isfinite().all()
 
 

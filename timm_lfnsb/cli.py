@@ -96,7 +96,7 @@ def pack(run: Path, out_dir: Path, labels: str | None, ema: bool, half: bool) ->
     names = [name.strip() for name in labels.split(',')] if labels else None
     try:
         packed = pack_run(run, out_dir, names, ema=ema, half=half)
-    except PackError as error:
+    except (PackError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{out_dir}: {packed['model']}{' (EMA)' if packed['ema'] else ''} from {packed['checkpoint']}, "
                f"epoch {packed['epoch']}, labels {', '.join(packed['label_names'])}")
@@ -318,7 +318,7 @@ def ship(name: str, runs: tuple[Path, ...], data_dir: Path) -> None:
     from .pack import PackError
     try:
         release.ship(name, runs, data_dir)
-    except (release.ReleaseError, PackError, ValueError) as error:
+    except (release.ReleaseError, PackError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(release.weights_table())
 

@@ -43,8 +43,14 @@ class Count:
     stages: dict[str, tuple[int, int]]
     uncounted: dict[str, int]
 
+    @property
+    def paper(self) -> tuple[float, float] | None:
+        """Parameters and "FLOPs" in millions as the paper's Table 2 prints them, where it has the model."""
+        return PAPER_TABLE_2.get(self.model.split('.')[0])
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        params, flops = self.paper or (None, None)
+        return dict(asdict(self), paper_params_millions=params, paper_flops_millions=flops)
 
 
 def _count_pool(inputs: list[Any], outputs: list[Any]) -> int:
@@ -96,8 +102,7 @@ def format_counts(counts: list[Count]) -> str:
     """The counts as a table for a terminal, beside the paper's Table 2."""
     lines = [f'{"model":<24} {"params":>10} {"MACs":>10}   paper: {"params":>9} {"FLOPs":>10}']
     for count in counts:
-        arch = count.model.split('.')[0]
-        paper = PAPER_TABLE_2.get(arch)
+        paper = count.paper
         printed = f'{paper[0]:>15.3f} M {paper[1]:>8.2f} M' if paper else f'{"-":>17} {"-":>10}'
         lines.append(f'{count.model:<24} {count.params / 1e6:>8.3f} M {count.macs / 1e6:>8.1f} M {printed}')
         for stage, (params, macs) in count.stages.items():

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import runpy
 import sys
@@ -48,10 +49,13 @@ def run_script(script: str, args: Sequence[str]) -> None:
         LaunchError: When the script is missing, or cannot do what the options ask.
     """
     path = find_script(script)
-    sys.argv = [str(path), *resolve_recipe(args)]
+    sys.argv = [str(path), *args]
+    # At the end, where a clone's own timm folder cannot hide the installed package.
+    sys.path.append(str(path.resolve().parent))
     if 'train' not in path.stem:
         runpy.run_path(str(path), run_name='__main__')
         return
+    sys.argv[1:] = resolve_recipe(args)
     module = load_module(path)
     if hasattr(module, 'parser'):
         extend_train_script(module)
@@ -78,7 +82,7 @@ def resolve_recipe(args: Sequence[str]) -> list[str]:
 
 
 def load_module(path: Path) -> ModuleType:
-    # Its own name, not '__main__': importing must not start it, and worker processes must find it again.
+    # Its own name, not '__main__': importing must not start it.
     name = f'timm_script_{path.stem}'
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -115,35 +119,24 @@ def extend_train_script(module: Any) -> None:
                             'may lose (default: 0)')
 
     options = argparse.Namespace(cosine_harmony=0., balance_power=0.)
-    parse_args = parser.parse_args
+    parse_known_args = parser.parse_known_args
     plain_task: Any = getattr(module, 'ClassificationTask', None)
     plain_dataset: Any = getattr(module, 'create_dataset', None)
 
-    def parse_and_check(*args: Any, **kwargs: Any) -> argparse.Namespace:
+    def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         nonlocal options
-        options = parse_args(*args, **kwargs)
-        class_map = getattr(options, 'class_map', None)
-        if class_map and not Path(class_map).is_file():
-            options.class_map = str(class_map_path(class_map) or class_map)
+        options, unknown = parse_known_args(*args, **kwargs)
+        resolve_paths(options)
         check_options(options, has_task=plain_task is not None)
         check_balance(options, has_dataset=plain_dataset is not None)
+        check_splits(options)
+        if options.cosine_harmony:
+            module.ClassificationTask = configured_task(options)
         from .label_check import warn_of_other_labels
         warn_of_other_labels(options)
-        return options
+        return options, unknown
 
-    parser.parse_args = parse_and_check
-
-    def create_task(*args: Any, **kwargs: Any) -> Any:
-        if not options.cosine_harmony:
-            return plain_task(*args, **kwargs)
-        from .task import CosineHarmonyTask
-        kwargs.update(
-            weight=options.cosine_harmony,
-            alpha=options.cosine_harmony_alpha,
-            variant=options.cosine_harmony_variant,
-            learn_centers=not options.cosine_harmony_fixed_centers,
-        )
-        return CosineHarmonyTask(*args, **kwargs)
+    parser.parse_known_args = parse_and_check  # parse_args asks it, too
 
     def create_dataset(*args: Any, **kwargs: Any) -> Any:
         dataset = plain_dataset(*args, **kwargs)
@@ -155,10 +148,75 @@ def extend_train_script(module: Any) -> None:
         except ValueError as error:
             raise LaunchError(f'--balance-power: {error}') from None
 
-    if plain_task is not None:
-        module.ClassificationTask = create_task
     if plain_dataset is not None:
         module.create_dataset = create_dataset
+
+
+def configured_task(options: argparse.Namespace) -> type:
+    """Our task with the settings of the options, to take the place of the script's ClassificationTask.
+
+    From here on no other task of timm can be made: a script that goes past its own global would train without the loss
+    and not say so.
+    """
+    from timm.task import TrainingTask
+
+    from .task import CosineHarmonyTask
+
+    class ConfiguredTask(CosineHarmonyTask):
+        def __init__(self, *args: Any, **kwargs: Any):
+            kwargs.update(
+                weight=options.cosine_harmony,
+                alpha=options.cosine_harmony_alpha,
+                variant=options.cosine_harmony_variant,
+                learn_centers=not options.cosine_harmony_fixed_centers,
+            )
+            try:
+                super().__init__(*args, **kwargs)
+            except ValueError as error:
+                raise LaunchError(f'--cosine-harmony: {error}') from None
+
+    ConfiguredTask.__name__ = CosineHarmonyTask.__name__
+    plain_init: Any = TrainingTask.__init__
+
+    def guarded_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self, CosineHarmonyTask):
+            raise LaunchError(
+                f'--cosine-harmony is on, but this script builds a {type(self).__name__}: leave the option out, or '
+                "take timm's own train.py.")
+        plain_init(self, *args, **kwargs)
+
+    TrainingTask.__init__ = guarded_init
+    return ConfiguredTask
+
+
+def resolve_paths(options: argparse.Namespace) -> None:
+    """Give the run absolute paths to class map and data, which its checkpoints keep and `pack` reads names from."""
+    class_map = getattr(options, 'class_map', None)
+    if class_map and not Path(class_map).is_file():
+        options.class_map = class_map = str(class_map_path(class_map) or class_map)
+    if class_map and Path(class_map).is_file():
+        options.class_map = str(Path(class_map).resolve())
+    data_dir = getattr(options, 'data_dir', None)
+    if data_dir and Path(data_dir).is_dir():
+        options.data_dir = str(Path(data_dir).resolve())
+
+
+def check_splits(options: argparse.Namespace) -> None:
+    """Refuse a validation split that is not there: timm would take the whole folder, training images included.
+
+    Raises:
+        LaunchError: With the splits there are.
+    """
+    split, data_dir = getattr(options, 'val_split', None), getattr(options, 'data_dir', None)
+    if not split or not data_dir or getattr(options, 'dataset', '') or not Path(data_dir).is_dir():
+        return
+    folders = sorted(path.name for path in Path(data_dir).iterdir() if path.is_dir())
+    synonyms = {'val', 'valid', 'validation', 'eval', 'evaluation'}  # timm takes one for the other
+    if split in folders or (split in synonyms and synonyms.intersection(folders)):
+        return
+    if getattr(options, 'train_split', 'train') in folders:
+        raise LaunchError(
+            f"{data_dir} has no split '{split}', only {', '.join(folders)}: name one with --val-split, or '' for none.")
 
 
 def check_options(options: argparse.Namespace, has_task: bool) -> None:
@@ -188,8 +246,10 @@ def check_options(options: argparse.Namespace, has_task: bool) -> None:
     for name, used in conflicts.items():
         if used:
             raise LaunchError(f'--cosine-harmony cannot be combined with {name}: leave one of the two out.')
-    if options.cosine_harmony < 0 or not 0 <= options.cosine_harmony_alpha <= 1:
+    if not 0 < options.cosine_harmony < math.inf or not 0 <= options.cosine_harmony_alpha <= 1:
         raise LaunchError('--cosine-harmony must not be negative, and --cosine-harmony-alpha must lie in [0, 1].')
+    if options.cosine_harmony_variant not in VARIANTS:  # argparse does not check what comes from YAML
+        raise LaunchError(f"--cosine-harmony-variant must be one of {', '.join(VARIANTS)}.")
 
 
 def check_balance(options: argparse.Namespace, has_dataset: bool) -> None:

@@ -19,7 +19,7 @@ gives the published parameter counts; the README lists the differences.
 """
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -141,19 +141,27 @@ class GlobalDepthwiseConv(nn.Sequential):
         self.add_module('bn', nn.BatchNorm2d(chs, **dd))
 
 
+def _assert_map_size(x: torch.Tensor, height: int, width: int) -> None:
+    """A GDConv has one weight a position: say so rather than let shapes clash further on."""
+    message = 'the head is built for another image size than this: pass img_size to create_model.'
+    torch._assert(x.shape[-2] == height, message)
+    torch._assert(x.shape[-1] == width, message)
+
+
 class EmbeddingHead(nn.Module):
     """GDConv, linear layer without bias and batch norm: the head of LFN, MFN and MobileFaceNet."""
 
     def __init__(self, in_chs: int, embed_dim: int, map_size: Tuple[int, int], device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.num_features = embed_dim
+        self.map_height, self.map_width = map_size
         self.gdconv = GlobalDepthwiseConv(in_chs, map_size, **dd)
         self.flatten = nn.Flatten(1)
         self.linear = nn.Linear(in_chs, embed_dim, bias=False, **dd)
         self.bn = nn.BatchNorm1d(embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _assert_map_size(x, self.map_height, self.map_width)
         return self.bn(self.linear(self.flatten(self.gdconv(x))))
 
 
@@ -167,7 +175,6 @@ class SpatialBiasHead(nn.Module):
     def __init__(self, in_chs: int, embed_dim: int, map_size: Tuple[int, int], device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.num_features = embed_dim
         reduced_chs = embed_dim // 4 + 2  # the unpadded kernel of 3 takes two entries off again
         self.reduce = nn.Sequential()
         self.reduce.add_module('conv', nn.Conv2d(in_chs, reduced_chs, 1, bias=False, **dd))
@@ -216,13 +223,14 @@ class DualDirectionHead(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         assert embed_dim == in_chs, 'The dual direction head keeps the number of channels.'
-        self.num_features = embed_dim
+        self.map_height, self.map_width = map_size
         self.attn1 = DirectionAttention(in_chs, map_size, **dd)
         self.attn2 = DirectionAttention(in_chs, map_size, **dd)
         self.gdconv = GlobalDepthwiseConv(in_chs, map_size, **dd)
         self.flatten = nn.Flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _assert_map_size(x, self.map_height, self.map_width)
         x = x * torch.maximum(self.attn1(x), self.attn2(x))
         return self.flatten(self.gdconv(x))
 
@@ -373,7 +381,10 @@ class MixedFeatureNet(nn.Module):
         x = self.stem(x)
         if 0 in take_indices:
             intermediates.append(x)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index]
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index]
         for i, stage in enumerate(stages):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
@@ -461,18 +472,37 @@ _AUTHORS_DEAD_KEYS = re.compile(r'\.conv_dw\.(bn|prelu)\.|\.CoordAtt\.Linear\.')
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped)."""
+    """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped).
+
+    Raises:
+        RuntimeError: When, the classifier aside, its keys are not the model's. timm loads leniently as soon as class
+            counts differ, and would leave what is missing at random values.
+    """
     for wrapper in ('model_state_dict', 'state_dict'):
         if wrapper in state_dict:
             state_dict = state_dict[wrapper]
     state_dict = clean_state_dict(state_dict)
-    if not any('.mixed_depthwise_conv.' in key for key in state_dict):
-        return state_dict
+    if any('.mixed_depthwise_conv.' in key for key in state_dict):
+        state_dict = _rename_authors_keys(state_dict, model)
 
-    has_classifier = 'fc.weight' in state_dict
+    def relevant(keys: Iterable[str]) -> Set[str]:
+        return {key for key in keys if not key.startswith('fc.') and not key.endswith('.num_batches_tracked')}
+
+    given, wanted = relevant(state_dict), relevant(model.state_dict())
+    if given != wanted:
+        def some(keys: Set[str]) -> str:
+            return f"{len(keys)} ({', '.join(sorted(keys)[:3])}, ...)" if keys else 'none'
+        raise RuntimeError(
+            f'The checkpoint is of another network. Missing keys: {some(wanted - given)}; unexpected keys: '
+            f'{some(given - wanted)}.')
+    return state_dict
+
+
+def _rename_authors_keys(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     out: Dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
-        if _AUTHORS_DEAD_KEYS.search(key) or (has_classifier and key.startswith('bn.')):
+        # Their networks with an embedding head call its norm 'bn'; in the others that name is dead.
+        if _AUTHORS_DEAD_KEYS.search(key) or (key.startswith('bn.') and not isinstance(model.head, EmbeddingHead)):
             continue
         for pattern, prefix in _AUTHORS_KEYS:
             match = re.match(pattern, key)

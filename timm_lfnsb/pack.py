@@ -46,7 +46,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = str(error).split('\n')[0]
         raise PackError(f'{path} is damaged or no checkpoint of train.py ({reason}).') from None
-    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint or 'args' not in checkpoint:
+    if (not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint
+            or not hasattr(checkpoint.get('args'), 'model')):
         raise PackError(f'{path} lacks the settings of its run: only checkpoints written by train.py can be packed.')
     return checkpoint
 
@@ -58,22 +59,31 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
         The names, or None where neither is there any more.
 
     Raises:
-        PackError: When the class map is gone; the folders' order would be another one.
+        PackError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
     """
     data_dir = getattr(args, 'data_dir', None)
     class_map = getattr(args, 'class_map', '') or ''
-    split = getattr(args, 'train_split', 'train')
-    if class_map and not os.path.isabs(class_map) and not Path(class_map).is_file() and data_dir:
-        class_map = str(Path(data_dir) / split / class_map)  # timm looks there too
+    for path in (class_map, '' if class_map else data_dir):
+        if path and not os.path.isabs(path):  # timm-lfnsb run keeps absolute ones
+            raise PackError(
+                f'the run names its {"class map" if class_map else "data"} by the relative path {path}, which may be '
+                'another one by now: give the labels in the order of the run with --labels.')
     if class_map:
         if not Path(class_map).is_file():
             raise PackError(
                 f"the run's class map {args.class_map} is not there any more: put it back, or give the labels in its "
                 'order with --labels.')
-        lines = Path(class_map).read_text(encoding='utf-8').splitlines()
+        try:
+            lines = Path(class_map).read_text(encoding='utf-8').splitlines()
+        except ValueError:
+            raise PackError(f'the class map {class_map} is not text: give the labels with --labels.') from None
         return [line.strip() for line in lines]
     if data_dir and Path(data_dir).is_dir() and not getattr(args, 'dataset', ''):
-        reader = create_dataset('', root=data_dir, split=split, is_training=False).reader
+        try:
+            reader = create_dataset(
+                '', root=data_dir, split=getattr(args, 'train_split', 'train'), is_training=False).reader
+        except (RuntimeError, OSError):
+            return None
         return sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
     return None
 
@@ -100,17 +110,36 @@ def resolve_labels(args: argparse.Namespace, labels: Sequence[str] | None, num_c
     if len(names) != num_classes:
         raise PackError(f'the checkpoint has {num_classes} classes, but there are {len(names)} labels '
                         f"[{', '.join(names)}]: give all of them with --labels.")
-    if len(set(names)) != len(names):
-        raise PackError(f"the labels [{', '.join(names)}] name a class twice.")
+    if len(set(names)) != len(names) or not all(names):
+        raise PackError(f"the labels [{', '.join(names)}] have an empty name, or one twice.")
     return names
 
 
 def half_precision(model: torch.nn.Module) -> torch.nn.Module:
     """Store matrices and kernels as float16; vectors (norms, biases) stay, they are small and need the range."""
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.half()
+            if not parameter.isfinite().all():
+                raise PackError(f'{name} has values that float16 cannot hold: pack without --half.')
     return model
+
+
+def run_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `timm.create_model` a run of train.py built its model with."""
+    kwargs = dict(getattr(args, 'model_kwargs', None) or {})
+    kwargs['num_classes'] = args.num_classes
+    input_size = getattr(args, 'input_size', None)
+    in_chans = getattr(args, 'in_chans', None) or (input_size[0] if input_size else None)
+    if in_chans is not None:
+        kwargs.setdefault('in_chans', in_chans)
+    cfg = timm.models.get_pretrained_cfg(args.model) if ':' not in args.model else None
+    img_size = getattr(args, 'img_size', None) or (tuple(input_size[1:]) if input_size else None)
+    if img_size is not None and cfg is not None and cfg.fixed_input_size:
+        kwargs.setdefault('img_size', img_size)
+    if getattr(args, 'gp', None) is not None:
+        kwargs['global_pool'] = args.gp
+    return kwargs
 
 
 def pack(
@@ -143,27 +172,31 @@ def pack(
     use_ema = ema and checkpoint.get('state_dict_ema') is not None
     state_dict = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
 
-    model_kwargs = dict(getattr(args, 'model_kwargs', None) or {})
-    if getattr(args, 'in_chans', None) is not None:
-        model_kwargs['in_chans'] = args.in_chans
-    if getattr(args, 'gp', None) is not None:
-        model_kwargs['global_pool'] = args.gp
+    model_kwargs = run_model_kwargs(args)
     try:
-        model: Any = timm.create_model(args.model, pretrained=False, num_classes=args.num_classes, **model_kwargs)
+        model: Any = timm.create_model(args.model, pretrained=False, **model_kwargs)
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise PackError(f'{path} does not fit the model {args.model} its run names: {error}') from None
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        reason = ' '.join(str(error).split())
+        raise PackError(f'{path} does not fit the model {args.model} its run names: {reason[:500]}') from None
 
     label_names = resolve_labels(args, labels, model.num_classes)
-    model.pretrained_cfg.update(resolve_data_config(vars(args), model=model))
+    data_config = resolve_data_config(vars(args), model=model)
+    if data_config['input_size'] != tuple(model.pretrained_cfg['input_size']):
+        model.pretrained_cfg['pool_size'] = None
+    model.pretrained_cfg.update(data_config)
     model.pretrained_cfg.update(num_classes=model.num_classes, label_names=tuple(label_names))
+    for key in ('tag', 'license'):  # true of the zoo's own weights alone
+        model.pretrained_cfg.pop(key, None)
+    if half:
+        half_precision(model)
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}.') as temporary:
         folder = Path(temporary) / out_dir.name
         save_for_hf(
-            half_precision(model) if half else model, str(folder),
-            model_config=dict(label_names=label_names), safe_serialization=True)
+            model, str(folder), model_config=dict(label_names=label_names), model_args=model_kwargs,
+            safe_serialization=True)
         os.chmod(folder / 'model.safetensors', 0o644)  # safetensors writes it for the owner alone
         if out_dir.is_dir():
             out_dir.rmdir()

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -90,6 +91,8 @@ def describe_run(run: Path) -> dict[str, Any]:
     settings = {
         key: value for key, value in sorted(vars(checkpoint['args']).items())
         if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
+    if not (run / 'summary.csv').is_file():
+        raise ReleaseError(f'{run} has no summary.csv: give the folders of runs of train.py.')
     with open(run / 'summary.csv', newline='', encoding='utf-8') as file:
         curve = [{key: round(float(value), 5) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return {'settings': settings, 'chosen_epoch': checkpoint['epoch'], 'curve': curve}
@@ -162,7 +165,9 @@ def weights_table() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the code the weights were packed with, if it is a checkout."""
+    """Commit of the code the weights were packed with, None outside a checkout."""
+    if not shutil.which('git'):
+        return None
     result = subprocess.run(
         ['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None

@@ -72,7 +72,7 @@ class CosineHarmonyModule(nn.Module):
 class CosineHarmonyTask(ClassificationTask):
     """Classification task whose loss is `criterion` + weight * Cosine-Harmony.
 
-    Works for every timm model with `forward_features` and `forward_head`. The loss sees `forward_features` averaged
+    Works for every timm model whose `forward_features` returns one tensor. The loss sees `forward_features` averaged
     over space. The eval model and the checkpoint's `state_dict` are the bare model; the centers travel in the task
     state, so that checkpoints load anywhere and `--resume` restores the centers.
 
@@ -98,6 +98,7 @@ class CosineHarmonyTask(ClassificationTask):
             self,
             model: Any,
             criterion: Optional[Union[nn.Module, Callable]] = None,
+            *,
             weight: float = 1.0,
             alpha: float = 0.1,
             variant: str = 'intended',
@@ -117,6 +118,8 @@ class CosineHarmonyTask(ClassificationTask):
         # timm's script names the device even on the CPU, which DDP refuses.
         if self.device.type == 'cpu':
             device_ids = None
+        # Ranks draw with seeds of their own, and DDP may be told to leave buffers (fixed centers) alone.
+        torch.distributed.broadcast(unwrap_model(self.trainable_module).loss.centers.data, src=0)
         super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
         return self
 
