@@ -185,7 +185,7 @@ def configured_task(options: argparse.Namespace) -> type:
                 "take timm's own train.py.")
         plain_init(self, *args, **kwargs)
 
-    TrainingTask.__init__ = guarded_init
+    TrainingTask.__init__ = guarded_init  # type: ignore[method-assign]
     return ConfiguredTask
 
 
@@ -208,7 +208,7 @@ def check_splits(options: argparse.Namespace) -> None:
         LaunchError: With the splits there are.
     """
     split, data_dir = getattr(options, 'val_split', None), getattr(options, 'data_dir', None)
-    if not split or not data_dir or getattr(options, 'dataset', '') or not Path(data_dir).is_dir():
+    if not split or not data_dir or getattr(options, 'dataset', None) or not Path(data_dir).is_dir():
         return
     folders = sorted(path.name for path in Path(data_dir).iterdir() if path.is_dir())
     synonyms = {'val', 'valid', 'validation', 'eval', 'evaluation'}  # timm takes one for the other
