@@ -12,6 +12,10 @@ import torch
 
 import timm_lfnsb  # noqa: F401  (registers the models)
 
+# Two test processes share the cores, and so do the processes they start.
+torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / 'golden'
 

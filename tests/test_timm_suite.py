@@ -79,7 +79,7 @@ def run_own_tests(packages: Path) -> None:
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, [packages, root])))
     files = [str(Path(__file__).parent / f'test_{name}.py') for name in ('pack', 'task', 'networks', 'weights')]
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *files],
+        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', *files],
         cwd=root, env=env, capture_output=True, text=True)
     print(result.stdout.strip().splitlines()[-1])
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

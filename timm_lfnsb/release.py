@@ -53,7 +53,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def measure(name: str, data_dir: Path, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
+def measure(name: str, data_dir: Path, splits: Sequence[str]) -> dict[str, Any]:
     """Evaluate weights on splits of a prepared data folder, one crop, no test-time augmentation."""
     model = load_model(name)
     return {split: compute_metrics(predict_folder(model, data_dir, split=split)) for split in splits}
@@ -122,8 +122,8 @@ def ship(name: str, runs: Sequence[Path], data_dir: Path) -> dict[str, Any]:
         if packed['model'] != name.split('.')[0]:
             raise ReleaseError(f"{runs[-1]} trained {packed['model']}, not {name.split('.')[0]}.")
         pack(runs[-1], full)
-        metrics = measure(f'local-dir:{half}', data_dir)
-        stored = predict_folder(load_model(f'local-dir:{half}'), data_dir, split='test')
+        model = load_model(f'local-dir:{half}')
+        stored = {split: predict_folder(model, data_dir, split=split) for split in SPLITS}
         exact = predict_folder(load_model(f'local-dir:{full}'), data_dir, split='test')
         config = json.loads((half / 'config.json').read_text(encoding='utf-8'))
         info = {
@@ -135,8 +135,8 @@ def ship(name: str, runs: Sequence[Path], data_dir: Path) -> dict[str, Any]:
             'commit': git_commit(),
             'ema': packed['ema'],
             'runs': [describe_run(run) for run in runs],
-            'half_precision_changes': int((stored.predicted != exact.predicted).sum()),
-            'metrics': metrics,
+            'half_precision_changes': int((stored['test'].predicted != exact.predicted).sum()),
+            'metrics': {split: compute_metrics(predictions) for split, predictions in stored.items()},
         }
         (Path(temporary) / 'info.json').write_text(json.dumps(info, indent=1, allow_nan=False) + '\n', encoding='utf-8')
         os.replace(half / 'model.safetensors', WEIGHTS_DIR / f'{name}.safetensors')
