@@ -77,7 +77,7 @@ def verify(name: str, data_dir: Path) -> list[str]:
         for key in ('count', 'accuracy', 'balanced_accuracy'):
             if abs(measured[key] - stored[key]) > (0 if key == 'count' else TOLERANCE):
                 raise ReleaseError(
-                    f'{name} on {split}: {key} is {measured[key]:.4f}, its JSON says {stored[key]:.4f}: the data '
+                    f'{name} on {split}: {key} is {measured[key]:.4g}, its JSON says {stored[key]:.4g}: the data '
                     'folder was prepared otherwise, or preprocessing changed.')
         lines.append(f'{name} on {split}: accuracy {measured["accuracy"]:.4f} (JSON {stored["accuracy"]:.4f}), '
                      f'balanced {measured["balanced_accuracy"]:.4f} (JSON {stored["balanced_accuracy"]:.4f}), '
