@@ -1,0 +1,1 @@
+"""The commands of `timm-lfnsb`: each module holds the click command of its own name, and no logic."""

@@ -1,0 +1,37 @@
+"""`timm-lfnsb evaluate`."""
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.option('--model', required=True, metavar='NAME', help='A timm name with weights, local-dir:PATH or hf-hub:ID.')
+@click.option('--data-dir', required=True, type=click.Path(), help='Folder with SPLIT/LABEL/IMAGE.')
+@click.option('--split', default='test', show_default=True, help='Folder of the split.')
+@click.option('--out', required=True, type=click.Path(file_okay=False), help='Folder for the report.')
+@click.option('--compare', metavar='NAME', help='Another model to compare with on the same images.')
+@click.option('--tta', type=click.Choice(['hflip']), help='Average over each image and its mirror image.')
+@click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
+@click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
+@click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')
+def evaluate(
+        model: str, data_dir: str, split: str, out: str, compare: str | None, tta: str | None, batch_size: int,
+        device: str, workers: int,
+) -> None:
+    """Measure a model on a folder of labelled faces.
+
+    Label folders are matched to the model's classes by name, in any order and with the usual synonyms. Writes
+    metrics.json, predictions.csv, confusion.png and reliability.png, with --compare also compare.json.
+    """
+    try:
+        from ..evaluate import EvaluationError, evaluate_folder, format_metrics
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"evaluate needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
+    try:
+        report = evaluate_folder(
+            model, data_dir, out, split=split, compare=compare, tta=tta, batch_size=batch_size, device=device,
+            workers=workers)
+    except (EvaluationError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(format_metrics(*report))

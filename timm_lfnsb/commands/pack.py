@@ -1,0 +1,25 @@
+"""`timm-lfnsb pack`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument('run', type=click.Path(path_type=Path))
+@click.argument('out_dir', type=click.Path(path_type=Path))
+@click.option('--labels', help='Label names in the order of training, comma separated; only where the run is silent.')
+@click.option('--ema/--no-ema', default=True, help='Take the moving average of the weights, if the run kept one.')
+@click.option('--half', is_flag=True, help='Store kernels and matrices as float16.')
+def pack(run: Path, out_dir: Path, labels: str | None, ema: bool, half: bool) -> None:
+    """Turn RUN (a run folder or a checkpoint of train.py) into a timm folder OUT_DIR for 'local-dir:OUT_DIR'."""
+    from ..pack import PackError
+    from ..pack import pack as pack_run
+    names = [name.strip() for name in labels.split(',')] if labels else None
+    try:
+        packed = pack_run(run, out_dir, names, ema=ema, half=half)
+    except (PackError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{out_dir}: {packed['model']}{' (EMA)' if packed['ema'] else ''} from {packed['checkpoint']}, "
+               f"epoch {packed['epoch']}, labels {', '.join(packed['label_names'])}")
