@@ -142,6 +142,36 @@ def run_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return kwargs
 
 
+def write_folder(
+        model: Any,
+        out_dir: Path,
+        label_names: Sequence[str],
+        model_args: dict[str, Any],
+        **config: Any,
+) -> None:
+    """Write a timm folder beside its place and move it there whole.
+
+    Args:
+        model: The network, its `pretrained_cfg` as it is to be stored.
+        out_dir: Folder to write, absent or empty.
+        label_names: Names of the outputs in their order; none for a network without a classifier.
+        model_args: Arguments of `timm.create_model` that build the network.
+        config: Further entries of config.json.
+    """
+    # config.json holds the number of classes beside these; transformers passes both, and fails at the second.
+    model_args = {key: value for key, value in model_args.items() if key != 'num_classes'}
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}.') as temporary:
+        folder = Path(temporary) / out_dir.name
+        save_for_hf(
+            model, str(folder), model_config=dict(label_names=list(label_names), **config), model_args=model_args,
+            safe_serialization=True)
+        os.chmod(folder / 'model.safetensors', 0o644)  # safetensors writes it for the owner alone
+        if out_dir.is_dir():
+            out_dir.rmdir()
+        os.rename(folder, out_dir)
+
+
 def pack(
         run: Path,
         out_dir: Path,
@@ -191,16 +221,7 @@ def pack(
     if half:
         half_precision(model)
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}.') as temporary:
-        folder = Path(temporary) / out_dir.name
-        save_for_hf(
-            model, str(folder), model_config=dict(label_names=label_names), model_args=model_kwargs,
-            safe_serialization=True)
-        os.chmod(folder / 'model.safetensors', 0o644)  # safetensors writes it for the owner alone
-        if out_dir.is_dir():
-            out_dir.rmdir()
-        os.rename(folder, out_dir)
+    write_folder(model, out_dir, label_names, model_kwargs)
     return dict(
         checkpoint=path.name, model=args.model, epoch=checkpoint.get('epoch'), metric=checkpoint.get('metric'),
         ema=use_ema, label_names=label_names, args=vars(args))

@@ -1,0 +1,56 @@
+"""`timm-lfnsb convert`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument('source', type=click.Path(path_type=Path))
+@click.argument('out_dir', type=click.Path(path_type=Path))
+@click.option('--model', required=True, metavar='NAME', help='lfnsb, lfn_small, mfn, ddamfn or mobilefacenet.')
+@click.option('--labels', metavar='SET|A,B,...', help='What the outputs mean, see above.')
+@click.option('--drop', multiple=True, metavar='NAME',
+              help='Leave out the keys that start with NAME: "fc" for a network without its classifier. Repeatable.')
+def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: tuple[str, ...]) -> None:
+    """Turn SOURCE, a checkpoint of the authors' code, into a timm folder OUT_DIR for 'local-dir:OUT_DIR'.
+
+    SOURCE is a file of torch.save (a state dict, plain or wrapped, or a whole pickled module) or of safetensors.
+    Nothing in it is run.
+
+    A checkpoint does not say what its outputs mean, and every data set numbers the expressions differently: with the
+    wrong order each face gets a wrong name, and no error. So --labels is required where there is a classifier:
+
+    \b
+      rafdb       surprise, fear, disgust, happiness, sadness, anger, neutral
+      affectnet7  neutral, happiness, sadness, surprise, fear, disgust, anger
+      affectnet8  the same and contempt
+      ferplus     neutral, happiness, surprise, sadness, anger, disgust, fear, contempt
+      A,B,...     any names, in the order of the outputs
+
+    LFNSB's authors train RAF-DB as rafdb and AffectNet as affectnet7 or affectnet8. DDAMFN's authors name all outputs
+    in AffectNet's order, for RAF-DB (affectnet7) and FER+ (affectnet8) too. Check the result on labelled faces:
+    timm-lfnsb evaluate.
+
+    Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
+    """
+    from ..convert import ConvertError, listing
+    from ..convert import convert as convert_file
+    try:
+        converted = convert_file(source, model, out_dir, labels, drop)
+    except (ConvertError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f'{out_dir}: {converted.model} from {source.name}, a {converted.kind}')
+    if converted.label_names:
+        click.echo('labels: ' + ', '.join(f'{i} {name}' for i, name in enumerate(converted.label_names)))
+    else:
+        click.echo('no classifier: it ends at the embedding')
+    if converted.dropped:
+        click.echo(f'dropped: {listing(converted.dropped)}')
+    if converted.unused:
+        click.echo(f"left out, because the authors' code never uses them: {len(converted.unused)} tensors")
+    if converted.foreign:
+        click.echo(f'named in the file, and neither imported nor run: {listing(converted.foreign)}')
+    if converted.warning:
+        click.echo(f'Warning: {converted.warning}', err=True)
