@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from scipy.stats import binomtest
@@ -25,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from . import hub
 from .figures import confusion_figure, reliability_figure
 from .labels import match_labels, model_label_names
 from .version import __version__
@@ -74,7 +74,7 @@ def load_model(name: str) -> nn.Module:
         EvaluationError: When there is no such model, or no weights for it.
     """
     try:
-        return timm.create_model(name, pretrained=True)
+        return hub.load_model(name)
     except Exception as error:  # registry, Hub and file formats each raise types of their own
         if 'No pretrained weights exist' in str(error):
             raise EvaluationError(
@@ -85,6 +85,8 @@ def load_model(name: str) -> nn.Module:
 class _Images(ImageDataset):
     """timm's folder data set, which reports an unreadable image instead of taking its neighbour for it."""
 
+    perturb: Callable[[Image.Image], Image.Image] | None = None
+
     def __getitem__(self, index: int) -> torch.Tensor | str:
         path = self.filename(index, absolute=True)
         try:
@@ -94,7 +96,7 @@ class _Images(ImageDataset):
             # Returned, because a data loader wraps what its workers raise in a traceback.
             return (f'cannot read the image {path} ({type(error).__name__}): repair it, or remove it and say so where '
                     'you report the figures.')
-        return self.transform(image)
+        return self.transform(self.perturb(image) if self.perturb else image)
 
 
 def _collate(items: list[torch.Tensor | str]) -> torch.Tensor | str:
@@ -139,6 +141,7 @@ def predict_folder(
         device: str = 'auto',
         workers: int = 2,
         progress: bool = True,
+        perturb: Callable[[Image.Image], Image.Image] | None = None,
 ) -> Predictions:
     """Classify the images DATA_DIR/SPLIT/LABEL/FILE.
 
@@ -151,6 +154,7 @@ def predict_folder(
         device: A torch device, or 'auto' for CUDA where there is one, else the CPU.
         workers: Processes that read images, 0 for none.
         progress: Show a progress bar on stderr.
+        perturb: What to do to each image before the preprocessing, see `timm_lfnsb.robustness`.
 
     Returns:
         The predictions for every image, preprocessed as the model's pretrained config says.
@@ -174,6 +178,7 @@ def predict_folder(
     config = resolve_model_data_config(model)
     images.input_img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     images.transform = create_transform(**config)
+    images.perturb = perturb
     try:
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:

@@ -1,0 +1,429 @@
+"""A small Hub on loopback for the real huggingface_hub client, with faults to order, and a process that talks to it.
+
+Only what the client of the tests asks for: repositories with commits, branches, private ones and pull requests; files
+in git or, from 10 kB on, in LFS behind a redirect to a "CDN", with ranges; tokens with their rights.
+"""
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+LFS_SIZE = 10_000
+OWNER, READER = 'hf_owner', 'hf_reader'
+TOKENS = {OWNER: 'write', READER: 'read'}
+"""The owner may write to every organisation but 'elsewhere', where he may open pull requests."""
+
+
+def git_oid(content: bytes) -> str:
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, bytes], ref: str = 'main', base: str | None = 'main') -> str:
+        """Put files on top of a ref; returns the new commit."""
+        merged = {**self.commits.get(self.refs.get(base or '', ''), {}), **files}
+        listing = ''.join(f'{name}{git_oid(content)}' for name, content in sorted(merged.items()))
+        oid = hashlib.sha1(f'{len(self.commits)}{listing}'.encode()).hexdigest()
+        self.commits[oid] = merged
+        self.refs[ref] = oid
+        return oid
+
+    def resolve(self, revision: str) -> str | None:
+        return revision if revision in self.commits else self.refs.get(revision)
+
+
+class HubServer(ThreadingHTTPServer):
+    """Use as a context manager; `url` is the HF_ENDPOINT.
+
+    Attributes:
+        repos: Repositories by 'ORG/NAME'.
+        faults: What to do wrong, by name, for how many requests (-1: all): on the way of a large file 'cut' (half of
+            it, then hang up), 'stall' (half of it, then nothing), 'short' (half of it, called the whole), 'altered',
+            'hang' (no answer); for metadata 'silent' (no answer) and 'busy' (503).
+        log: Method, path and headers (lower-case names) of each request.
+    """
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        self.cdn_url = f'http://localhost:{self.server_port}'  # another host: the client keeps its token from it
+        self.repos: dict[str, Repo] = {}
+        self.lfs: dict[str, bytes] = {}
+        self.faults: Counter[str] = Counter()
+        self.log: list[tuple[str, str, dict[str, str]]] = []
+        self.closing = threading.Event()
+        self.stalled = threading.Event()
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # clients that hang up are part of the tests
+
+    def add(self, repo_id: str, folder: Path, private: bool = False) -> str:
+        """A repository with the files of a folder; returns its commit."""
+        self.repos[repo_id] = Repo(private)
+        return self.repos[repo_id].commit({path.name: path.read_bytes() for path in folder.iterdir()})
+
+    def fault(self, name: str) -> bool:
+        if self.faults[name]:
+            self.faults[name] -= 1
+            return True
+        return False
+
+    def paths(self, method: str) -> list[str]:
+        return [path for verb, path, _ in self.log if verb == method]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = 'HTTP/1.1'
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes | dict[str, Any] | list[Any] = b'', **headers: str) -> None:
+        if not isinstance(body, bytes):
+            body, headers = json.dumps(body).encode(), {'Content-Type': 'application/json', **headers}
+        self.send_response(status)
+        for name, value in {'Content-Length': str(len(body)), **headers}.items():
+            self.send_header(name.replace('_', '-'), value)
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(body)
+
+    def error(self, status: int, code: str, message: str = '') -> None:
+        self.answer(status, {'error': message or code}, X_Error_Code=code, X_Error_Message=message or code)
+
+    @property
+    def right(self) -> str | None:
+        """'write', 'read', None without a token, '' with an unknown one."""
+        header = self.headers.get('Authorization')
+        return TOKENS.get(header.removeprefix('Bearer '), '') if header else None
+
+    def repo(self, repo_id: str) -> Repo | None:
+        """The repository, if it is there for this client; else the error is sent, as the Hub words it."""
+        if self.right == '':
+            self.error(401, '', 'Invalid credentials in Authorization header')
+            return None
+        repo = self.server.repos.get(repo_id)
+        if repo is None or (repo.private and self.right is None):
+            self.error(404 if self.right else 401, 'RepoNotFound', 'Repository not found')
+            return None
+        return repo
+
+    def handle_request(self) -> None:
+        self.content = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        url = urlsplit(self.path)
+        self.query = parse_qs(url.query)
+        self.server.log.append((self.command, unquote(self.path), {
+            name.lower(): value for name, value in self.headers.items()}))
+        for pattern, method in ROUTES:
+            if match := re.fullmatch(pattern, f'{self.command} {url.path}'):
+                return method(self, *map(unquote, match.groups()))
+        return self.error(404, 'RouteNotFound', f'no {self.command} {url.path} on this Hub')
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    # Reading
+
+    def resolve(self, repo_id: str, revision: str, name: str) -> None:
+        if self.server.fault('silent'):
+            self.server.closing.wait(30)
+            return
+        if self.server.fault('busy'):
+            self.error(503, '', 'Service Unavailable')
+            return
+        if (repo := self.repo(repo_id)) is None:
+            return
+        commit = repo.resolve(revision)
+        if commit is None:
+            self.error(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
+            return
+        content = repo.commits[commit].get(name)
+        if content is None:
+            self.answer(404, X_Error_Code='EntryNotFound', X_Error_Message='Entry not found', X_Repo_Commit=commit)
+        elif len(content) >= LFS_SIZE:
+            oid = hashlib.sha256(content).hexdigest()
+            self.server.lfs.setdefault(oid, content)
+            self.answer(302, Location=f'{self.server.cdn_url}/cdn/{oid}', ETag='"of the redirect"',
+                        X_Repo_Commit=commit, X_Linked_Etag=f'"{oid}"', X_Linked_Size=str(len(content)))
+        else:
+            self.answer(200, content, X_Repo_Commit=commit, ETag=f'"{git_oid(content)}"')
+
+    def cdn(self, oid: str) -> None:
+        if self.server.fault('hang'):
+            self.server.closing.wait(30)
+            return
+        content = self.server.lfs[oid]
+        if self.server.fault('altered'):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if self.server.fault('short'):
+            content = content[:len(content) // 2]
+        start, total = 0, len(content)
+        if match := re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', '')):
+            start = int(match[1])
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(total - start))
+        if start:
+            self.send_header('Content-Range', f'bytes {start}-{total - 1}/{total}')
+        self.end_headers()
+        cut, stall = self.server.fault('cut'), self.server.fault('stall')
+        if cut or stall:
+            self.wfile.write(content[start:start + (total - start) // 2])
+            self.wfile.flush()
+            if stall:
+                self.server.stalled.set()
+                self.server.closing.wait(30)
+            self.close_connection = True
+        else:
+            self.wfile.write(content[start:])
+
+    def model(self, repo_id: str, revision: str = 'main') -> None:
+        if (repo := self.repo(repo_id)) is None:
+            return
+        commit = repo.resolve(revision)
+        siblings = [{'rfilename': name} for name in repo.commits.get(commit or '', {})]
+        self.answer(200, {'id': repo_id, 'modelId': repo_id, 'sha': commit, 'private': repo.private, 'tags': [],
+                          'siblings': siblings})
+
+    def tree(self, repo_id: str, revision: str, folder: str | None = None) -> None:
+        if (repo := self.repo(repo_id)) is None:
+            return
+        if folder:
+            self.error(404, 'EntryNotFound')
+            return
+        files = repo.commits.get(repo.resolve(revision) or '', {})
+        self.answer(200, [{'type': 'file', 'path': name, 'size': len(content), 'oid': git_oid(content)}
+                          for name, content in files.items()])
+
+    def whoami(self) -> None:
+        if not self.right:
+            self.error(401, '', 'Invalid credentials in Authorization header')
+            return
+        self.answer(200, {'type': 'user', 'name': 'owner', 'orgs': [], 'auth': {'type': 'access_token'}})
+
+    # Writing
+
+    def may_write(self, repo_id: str) -> bool:
+        if not self.right:
+            self.error(401, '', 'Invalid username or password.' if self.right is None else
+                       'Invalid credentials in Authorization header')
+        elif self.right == 'read' or (repo_id.startswith('elsewhere/') and 'create_pr' not in self.query):
+            self.error(403, '', 'You have read access but not the required permissions for this operation')
+        else:
+            return True
+        return False
+
+    def create_repo(self) -> None:
+        request = json.loads(self.content)
+        repo_id = f"{request['organization']}/{request['name']}"
+        if not self.may_write(repo_id):
+            return
+        url = {'url': f'{self.server.url}/{repo_id}'}
+        if repo_id in self.server.repos:
+            self.answer(409, {'error': 'You already created this model repo', **url})
+            return
+        private = request.get('visibility') == 'private' or bool(request.get('private'))
+        self.server.repos[repo_id] = Repo(private)
+        self.server.repos[repo_id].commit({'.gitattributes': b'*.safetensors filter=lfs\n'})
+        self.answer(200, url)
+
+    def validate_yaml(self) -> None:
+        content = json.loads(self.content)['content']
+        errors = []
+        match = re.match(r'---\n(.*?)\n---\n', content, re.S)
+        try:
+            data = yaml.safe_load(match[1]) if match else {}
+            if not isinstance(data.get('license'), str):
+                errors.append({'message': '"license" must be a string'})
+            if not all({'name', 'results'} <= set(entry) for entry in data.get('model-index', [])):
+                errors.append({'message': '"model-index[0].results" is required'})
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            errors.append({'message': str(error)})
+        self.answer(400 if errors else 200, {'errors': errors, 'warnings': []})
+
+    def preupload(self, repo_id: str, revision: str) -> None:
+        if (repo := self.repo(repo_id)) is None or not self.may_write(repo_id):
+            return
+        there = repo.commits.get(repo.resolve(revision) or '', {})
+        files = []
+        for file in json.loads(self.content)['files']:
+            lfs = file['size'] >= LFS_SIZE or file['path'].endswith('.safetensors')
+            old = there.get(file['path'])
+            oid = None if old is None else hashlib.sha256(old).hexdigest() if lfs else git_oid(old)
+            files.append({'path': file['path'], 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False,
+                          'oid': oid})
+        self.answer(200, {'files': files})
+
+    def lfs_batch(self, repo_id: str) -> None:
+        objects = []
+        for item in json.loads(self.content)['objects']:
+            if item['oid'] not in self.server.lfs:
+                item['actions'] = {
+                    'upload': {'href': f"{self.server.url}/lfs-upload/{item['oid']}", 'header': {}},
+                    'verify': {'href': f'{self.server.url}/lfs-verify', 'header': {}},
+                }
+            objects.append(item)
+        self.answer(200, {'transfer': 'basic', 'objects': objects})
+
+    def lfs_upload(self, oid: str) -> None:
+        if hashlib.sha256(self.content).hexdigest() != oid:
+            self.error(422, '', 'content is not what its oid says')
+            return
+        self.server.lfs[oid] = self.content
+        self.answer(200)
+
+    def lfs_verify(self) -> None:
+        item = json.loads(self.content)
+        there = len(self.server.lfs.get(item['oid'], b'')) == item['size']
+        self.answer(200 if there else 404, {})
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        if (repo := self.repo(repo_id)) is None or not self.may_write(repo_id):
+            return
+        files: dict[str, bytes] = {}
+        for line in map(json.loads, self.content.splitlines()):
+            value = line['value']
+            if line['key'] == 'file':
+                files[value['path']] = base64.b64decode(value['content'])
+            elif line['key'] == 'lfsFile':
+                files[value['path']] = self.server.lfs[value['oid']]
+        pull_request = 'create_pr' in self.query
+        ref = f'refs/pr/{sum(name.startswith("refs/pr/") for name in repo.refs) + 1}' if pull_request else revision
+        oid = repo.commit(files, ref, revision)
+        number = ref.rpartition('/')[2]
+        self.answer(200, {
+            'success': True, 'commitOid': oid, 'commitUrl': f'{self.server.url}/{repo_id}/commit/{oid}',
+            'pullRequestUrl': f'{self.server.url}/{repo_id}/discussions/{number}' if pull_request else None,
+        })
+
+
+_ID = r'([^/]+/[^/]+)'
+ROUTES = [
+    (rf'(?:GET|HEAD) /{_ID}/resolve/([^/]+)/(.+)', Handler.resolve),
+    (r'(?:GET|HEAD) /cdn/(\w+)', Handler.cdn),
+    (rf'GET /api/models/{_ID}/revision/([^/]+)', Handler.model),
+    (rf'GET /api/models/{_ID}/tree/([^/]+)', Handler.tree),
+    (rf'GET /api/models/{_ID}/tree/([^/]+)/(.+)', Handler.tree),
+    (rf'GET /api/models/{_ID}', Handler.model),
+    (r'GET /api/whoami-v2', Handler.whoami),
+    (r'POST /api/repos/create', Handler.create_repo),
+    (r'POST /api/validate-yaml', Handler.validate_yaml),
+    (rf'POST /api/models/{_ID}/preupload/([^/]+)', Handler.preupload),
+    (rf'POST /api/models/{_ID}/commit/([^/]+)', Handler.commit),
+    (rf'POST /{_ID}\.git/info/lfs/objects/batch', Handler.lfs_batch),
+    (r'PUT /lfs-upload/(\w+)', Handler.lfs_upload),
+    (r'POST /lfs-verify', Handler.lfs_verify),
+]
+
+
+# Process side. huggingface_hub reads HF_ENDPOINT when it is imported, so the client is another process, which runs the
+# snippets it is given: importing torch once for each of them would take most of the time of these tests.
+_LOOP = '''
+import json, os, sys, traceback
+answers = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1)
+import timm_lfnsb
+for line in sys.stdin:
+    request = json.loads(line)
+    before = dict(os.environ)
+    os.environ.update(request['env'])
+    scope = dict(request['variables'])
+    try:
+        exec(request['code'], scope)
+        answer = {'result': scope.get('result')}
+    except BaseException as error:
+        traceback.print_exc()
+        answer = {'error': type(error).__name__, 'message': str(error)}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    print(json.dumps(answer), file=answers, flush=True)
+'''
+
+
+class ClientError(Exception):
+    """What the snippet raised: `kind` is the name of its type."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(f'{kind}: {message}')
+        self.kind, self.message = kind, message
+
+
+def client_env(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """Environment of a fresh user of the Hub: nothing in the cache, not logged in."""
+    env = {key: value for key, value in os.environ.items()
+           if not key.startswith(('HF_', 'HUGGING', 'TIMM_LFNSB_')) and 'proxy' not in key.lower()}
+    return {
+        **env, 'HF_ENDPOINT': endpoint, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_ETAG_TIMEOUT': '1',
+        'HF_HUB_DOWNLOAD_TIMEOUT': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+        'OMP_NUM_THREADS': '1', **more,
+    }
+
+
+class Client:
+    """A Python process of its own with timm_lfnsb imported, as a context manager."""
+
+    def __init__(self, endpoint: str, home: Path, **env: str):
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', _LOOP], env=client_env(endpoint, home, **env), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def run(self, code: str, env: dict[str, str] | None = None, **variables: Any) -> Any:
+        """Run a snippet; returns what it leaves in `result`.
+
+        Raises:
+            ClientError: For whatever it raises.
+        """
+        assert self.process.stdin and self.process.stdout
+        request = {'code': code, 'env': env or {}, 'variables': variables}
+        print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError('the client process ended')
+        answer = json.loads(line)
+        if 'error' in answer:
+            raise ClientError(answer['error'], answer['message'])
+        return answer['result']
+
+
+if __name__ == '__main__':  # for trying things by hand
+    with HubServer() as hub:
+        print(f'HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1, tokens {", ".join(TOKENS)}')
+        while True:
+            time.sleep(60)

@@ -1,0 +1,44 @@
+"""`timm-lfnsb push`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument('source')
+@click.option('--repo-id', metavar='ORG/NAME', help='Repository on the Hub; embedded weights have one of their own.')
+@click.option('--private', is_flag=True, help='Make the repository a private one.')
+@click.option('--create-pr', is_flag=True, help='Open a pull request instead of committing to main.')
+@click.option('--metrics', type=click.Path(path_type=Path), metavar='FILE',
+              help='metrics.json of timm-lfnsb evaluate, for the card of a folder without README.md.')
+@click.option('--license', metavar='ID', help='Licence of the weights, such as apache-2.0, for the same.')
+@click.option('--dry-run', is_flag=True, help='Show every file and the card; contact nobody.')
+def push(
+        source: str, repo_id: str | None, private: bool, create_pr: bool, metrics: Path | None, license: str | None,
+        dry_run: bool,
+) -> None:
+    """Publish SOURCE, a timm folder or the name of embedded weights, on the Hugging Face Hub.
+
+    Safetensors only, in one commit. A folder without README.md gets a card that says what is known of it. Log in with
+    `hf auth login`, or set HF_TOKEN.
+    """
+    from ..push import PushError, pin_hint
+    from ..push import push as push_source
+    try:
+        result = push_source(source, repo_id, private, create_pr, dry_run, metrics, license)
+    except (PushError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    width = max(len(file.name) for file in result.files)
+    click.echo(f"{'would publish' if dry_run else 'published'} {result.repo_id}")
+    for file in result.files:
+        click.echo(f'{file.name.ljust(width)}  {file.size:>12,} bytes  sha256 {file.sha256}')
+    if not result.has_metrics:
+        click.echo('warning: the card has no model-index, so the Hub shows no metrics.', err=True)
+    if dry_run:
+        click.echo(f'\n{result.card}')
+    else:
+        click.echo(result.url)
+        if (hint := pin_hint(result)) is not None:
+            click.echo(hint)
