@@ -1,4 +1,4 @@
-"""Figures of an evaluation; matplotlib figures without pyplot, so that no global state changes."""
+"""Figures of evaluations and of training; matplotlib figures without pyplot, so that no global state changes."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -68,4 +68,35 @@ def reliability_figure(calibration: Sequence[Mapping[str, Any]], ece: float) -> 
     lower.set_xlim(0, 1)
     lower.set_ylabel('images')
     lower.set_xlabel('confidence (highest probability)')
+    return figure
+
+
+def loss_curves_figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
+    """Draw training and validation loss over the epochs, as in the paper's Figure 5.
+
+    The training loss of a run with the Cosine-Harmony loss includes that term; the validation loss is the cross entropy
+    of every run.
+
+    Args:
+        curves: For each kind of run its seeds, and for each seed its epochs with `epoch`, `train_loss` and `eval_loss`
+            (the columns of timm's summary.csv; `eval_loss` may be missing).
+    """
+    figure = Figure(figsize=(9, 4), dpi=150, layout='constrained')
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(
+            panels, ('train_loss', 'eval_loss'), ('training loss', 'validation loss (cross entropy)'), strict=True):
+        for i, (name, seeds) in enumerate(curves.items()):
+            for j, curve in enumerate(seeds):
+                points = [(row['epoch'] + 1, row[key]) for row in curve if key in row]
+                axes.plot(
+                    [epoch for epoch, _ in points], [loss for _, loss in points], color=f'C{i}', linewidth=1.5,
+                    alpha=1 if len(seeds) == 1 else 0.6, marker='o' if len(points) < 15 else None, markersize=4,
+                    label=name if j == 0 else None)
+        axes.set_title(title)
+        axes.set_xlabel('epoch')
+        axes.set_ylabel('loss')
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
     return figure
