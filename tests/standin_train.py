@@ -1,6 +1,6 @@
 """A stand-in for timm's train script with its module-level contract.
 
-That is config_parser, parser, create_dataset, ClassificationTask and main.
+That is config_parser, parser, create_dataset, ClassificationTask, train_one_epoch and main.
 
 Just enough of it to test the launcher where no clone of timm is at hand.
 """
@@ -34,6 +34,10 @@ parser.add_argument('--initial-checkpoint', default='')
 parser.add_argument('--resume', default='')
 parser.add_argument('--seed', type=int, default=42)
 parser.add_argument('--output', default='.')
+
+
+def train_one_epoch(epoch, model, loader, optimizer, args, task=None):
+    raise NotImplementedError('the stand-in does not train')
 
 
 def main():

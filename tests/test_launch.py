@@ -72,7 +72,8 @@ def test_the_options_show_in_help():
     result = run(STANDIN, '--help')
     assert result.returncode == 0
     for flag in ('--cosine-harmony WEIGHT', '--cosine-harmony-alpha', '--cosine-harmony-variant',
-                 '--cosine-harmony-fixed-centers', '--balance-power POWER', '--kd-model-name'):
+                 '--cosine-harmony-fixed-centers', '--balance-power POWER', '--skip-folders NAME', '--no-epoch-seeds',
+                 '--kd-model-name'):
         assert flag in result.stdout
 
 

@@ -101,6 +101,35 @@ def test_layer_decay_keeps_the_models_own_layers():
     assert scales['model.stem.0.conv.weight'] < scales['model.stages.1.0.expand.conv.weight'] < 1.
 
 
+def test_layer_decay_of_a_model_that_names_no_layers_is_timms_own():
+    """It gets the learning rates that timm gives the model alone, and the centers that of the head."""
+    class Bare(nn.Module):
+        num_classes, num_features = 4, 8
+        pretrained_cfg = dict(classifier='head')
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 1) for i in range(9)))
+            self.head = nn.Linear(8, 4)
+
+        def forward_features(self, x):
+            return self.blocks(x)
+
+        def forward_head(self, x):
+            return self.head(x.mean((2, 3)))
+
+    def scales(module) -> dict[str, float]:
+        names = {id(p): n.removeprefix('model.') for n, p in module.named_parameters()}
+        optimizer = create_optimizer_v2(module, opt='adamw', lr=0.1, layer_decay=0.5)
+        return {names[id(p)]: group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
+
+    model = Bare()
+    expected = scales(model)
+    assert len(set(expected.values())) == 3  # twelve parameters a layer, and the head
+    task = make_task(model)
+    assert scales(task.get_trainable_module()) == {**expected, 'loss.centers': 1.}
+
+
 def test_fixed_centers_stay():
     task = make_task(learn_centers=False)
     assert not any('centers' in name for name, _ in task.trainable_module.named_parameters())

@@ -60,6 +60,10 @@ class BalancedDataset(Subset):
         drawn = WeightedRandomSampler(self.weights, len(self), generator=generator)  # type: ignore[arg-type]
         self.indices.copy_(torch.tensor(list(drawn)))
 
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """File name of an image of this epoch, as timm's own datasets give it."""
+        return self.dataset.filename(int(self.indices[index]), basename, absolute)
+
     # timm's loader sets the transform after the dataset is made.
     @property
     def transform(self) -> Any:

@@ -1,20 +1,107 @@
-"""Warn where a training run starts from weights whose classes are not the run's own, in the run's order."""
+"""Check the labels of a training run: its folders against its class map, and those of the weights it starts from."""
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
 import yaml
+from timm.data import create_dataset
+from timm.data.readers.class_map import load_class_map
 from timm.utils import world_info_from_env
 
 from .labels import canonical_name
+from .launch import LaunchError
 from .pack import run_label_names
 
 _logger = logging.getLogger(__name__)
+
+
+def split_folders(options: argparse.Namespace, split: str) -> tuple[str, list[str]]:
+    """The folder or tar file that timm reads a split from, and the names of the folders of images in it.
+
+    Raises:
+        LaunchError: When there are no images.
+    """
+    try:
+        # timm's own reader without a class map, so that what it finds here is what it finds there.
+        reader = create_dataset(
+            '', root=options.data_dir, split=split, input_key=getattr(options, 'input_key', None)).reader
+    except (RuntimeError, AssertionError, ValueError):
+        raise LaunchError(
+            f"no images found for the split '{split}' in {options.data_dir}: timm reads folders of images and tar "
+            'files, but no zip files; `timm-lfnsb prepare` makes such folders.') from None
+    names = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', {})
+    return reader.root, list(names)
+
+
+def check_class_folders(options: argparse.Namespace) -> None:
+    """Refuse folders that the class map does not name: timm would drop their images without a word.
+
+    Without a class map, folders are numbered by name in each split for itself: refuse splits whose numbers differ.
+
+    Args:
+        options: What train.py's parser returned; only folders and tar files are looked at (`data_dir`).
+
+    Raises:
+        LaunchError: With both lists.
+    """
+    # train.py moves the old positional argument into data_dir later.
+    data_dir = getattr(options, 'data_dir', None) or getattr(options, 'data', None)
+    if getattr(options, 'dataset', '') or not data_dir or not Path(data_dir).exists():
+        return
+    if world_info_from_env()[1] != 0:  # one process of a distributed run is enough
+        return
+    options = argparse.Namespace(**{**vars(options), 'data_dir': data_dir})
+    splits = [split for name in ('train_split', 'val_split') if (split := getattr(options, name, ''))]
+    found = {split: split_folders(options, split) for split in splits}
+    class_map = getattr(options, 'class_map', '')
+    skipped = getattr(options, 'skip_folders', None) or []
+    skipped = [skipped] if isinstance(skipped, str) else skipped  # one name in YAML
+    if not class_map:
+        if skipped:
+            raise LaunchError('--skip-folders needs a --class-map, which says what the other folders are.')
+        _check_same_numbers(found)
+        return
+    for root, folders in found.values():
+        try:
+            classes = load_class_map(class_map, root)
+        except (AssertionError, OSError, ValueError, pickle.PickleError) as error:
+            raise LaunchError(f'--class-map {class_map} cannot be read ({error}).') from None
+        # Hidden folders and __MACOSX are what file managers leave behind: nobody misses their images.
+        unknown = [name for name in folders
+                   if name not in classes and name not in skipped and not name.startswith(('.', '__'))]
+        if unknown:
+            raise LaunchError(
+                f"{root} has folders that the class map does not name, and timm would leave their images out: "
+                f"{', '.join(_explain(name, classes) for name in unknown)} (folders: {_listing(sorted(folders))}; "
+                f"class map {class_map}: {_listing([str(name) for name in classes])}): make a folder with these names "
+                f"by `timm-lfnsb prepare folder {data_dir} TARGET`, rename them, or name what is to be left out with "
+                '--skip-folders.')
+        num_classes = getattr(options, 'num_classes', None)
+        high = max((classes[name] for name in folders if name in classes), default=0)
+        if num_classes and high >= num_classes:
+            raise LaunchError(
+                f'{class_map} numbers the folders of {root} up to {high}, counted from 0, but --num-classes is '
+                f'{num_classes}.')
+
+
+def _explain(name: str, classes: Mapping[str, int]) -> str:
+    same = [known for known in classes if canonical_name(known) == canonical_name(name)]
+    return f"{name or '(no folder)'}" + (f' (which the class map calls {same[0]})' if same else '')
+
+
+def _check_same_numbers(found: Mapping[str, tuple[str, list[str]]]) -> None:
+    (root, names), *others = found.values()
+    for other_root, other_names in others:
+        if any(name not in names or names.index(name) != i for i, name in enumerate(other_names)):
+            raise LaunchError(
+                f'without --class-map timm numbers the folders of each split for itself, and they differ: {root} has '
+                f'{_listing(names)}, {other_root} has {_listing(other_names)}: give a class map.')
 
 
 def start_label_names(options: argparse.Namespace) -> tuple[str, Sequence[str] | None, bool]:

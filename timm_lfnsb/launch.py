@@ -3,17 +3,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
+import logging
 import math
 import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from .loss import VARIANTS
 from .recipes import class_map_path, recipe_names, recipe_path
+
+_logger = logging.getLogger(__name__)
 
 
 class LaunchError(RuntimeError):
@@ -42,11 +46,13 @@ def find_script(script: str) -> Path:
 def run_script(script: str, args: Sequence[str]) -> None:
     """Run one of timm's scripts as if it were called with `args`.
 
-    A script whose name contains 'train' gets the --cosine-harmony options and --balance-power, and warns where the
-    weights it starts from have other classes than the run; every other script runs as it is.
+    A script whose name contains 'train' gets the --cosine-harmony options and --balance-power, warns where the weights
+    it starts from have other classes than the run, and is kept from losing work (see `epoch_seeds`, `safeguards`);
+    every other script runs as it is.
 
     Raises:
-        LaunchError: When the script is missing, or cannot do what the options ask.
+        LaunchError: When the script is missing, cannot do what the options ask, or has to stop: a loss that is not
+            finite, a full disk.
     """
     path = find_script(script)
     sys.argv = [str(path), *args]
@@ -59,7 +65,15 @@ def run_script(script: str, args: Sequence[str]) -> None:
     module = load_module(path)
     if hasattr(module, 'parser'):
         extend_train_script(module)
-    module.main()
+    from .safeguards import DISK_ERRORS
+    try:
+        module.main()
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise LaunchError(
+            f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): free some space and go on "
+            'with --resume from the last checkpoint.') from None
 
 
 def resolve_recipe(args: Sequence[str]) -> list[str]:
@@ -94,13 +108,8 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def extend_train_script(module: Any) -> None:
-    """Give a train script our options, and let it build our task and dataset where they ask for it.
-
-    The script's contract: a module-level `parser`, which `main()` asks for the arguments, and `ClassificationTask` and
-    `create_dataset`, which `main()` looks up in the module's globals.
-    """
-    parser = module.parser
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add our options to a train script's parser; what is there is found by YAML keys and in args.yaml, too."""
     group = parser.add_argument_group('Cosine-Harmony loss (timm_lfnsb)')
     group.add_argument('--cosine-harmony', type=float, default=0., metavar='WEIGHT',
                        help='weight of the Cosine-Harmony loss beside the classification loss, 0 = off (default: 0)')
@@ -117,11 +126,33 @@ def extend_train_script(module: Any) -> None:
                             'of their size, 0 = off, each image once. Rare classes usually gain and with them balanced '
                             'accuracy; frequent ones, and plain accuracy on data as imbalanced as the training split, '
                             'may lose (default: 0)')
+    group = parser.add_argument_group('Safe training (timm_lfnsb)')
+    group.add_argument('--skip-folders', nargs='+', default=[], metavar='NAME',
+                       help='folders of images whose class is left out on purpose; any other folder that the class map '
+                            'does not name is refused, where timm would drop its images without a word')
+    group.add_argument('--no-epoch-seeds', action='store_true', default=False,
+                       help="draw the order of the images, augmentations and so on as timm does, from one seed at the "
+                            'start of the run. Without this option they are drawn anew for each epoch from --seed and '
+                            'its number, so that a run that was killed and resumed equals one that was not')
 
-    options = argparse.Namespace(cosine_harmony=0., balance_power=0.)
+
+def extend_train_script(module: Any) -> None:
+    """Give a train script our options, and let it build our task and dataset where they ask for it.
+
+    The script's contract: a module-level `parser`, which `main()` asks for the arguments, and `ClassificationTask`,
+    `create_dataset`, `create_loader`, `train_one_epoch` and timm's `utils`, which `main()` looks up in the module's
+    globals.
+    """
+    parser = module.parser
+    add_options(parser)
+    options = argparse.Namespace(cosine_harmony=0., balance_power=0., no_epoch_seeds=True)
     parse_known_args = parser.parse_known_args
     plain_task: Any = getattr(module, 'ClassificationTask', None)
     plain_dataset: Any = getattr(module, 'create_dataset', None)
+    plain_loader: Any = getattr(module, 'create_loader', None)
+    plain_epoch: Any = getattr(module, 'train_one_epoch', None)
+    epoch_signature = inspect.signature(plain_epoch) if plain_epoch is not None else None
+    can_watch = epoch_signature is not None and {'epoch', 'loader', 'task'} <= set(epoch_signature.parameters)
 
     def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         nonlocal options
@@ -130,26 +161,95 @@ def extend_train_script(module: Any) -> None:
         check_options(options, has_task=plain_task is not None)
         check_balance(options, has_dataset=plain_dataset is not None)
         check_splits(options)
+        from .label_check import check_class_folders, warn_of_other_labels
+        check_class_folders(options)
         if options.cosine_harmony:
             module.ClassificationTask = configured_task(options)
-        from .label_check import warn_of_other_labels
         warn_of_other_labels(options)
+        resolve_epoch_seeds(options, possible=can_watch and plain_dataset is not None)
+        if not can_watch:
+            warn('this train script has no train_one_epoch of the usual form: a loss that is not finite goes unnoticed '
+                 'until the epoch ends.')
+        from .safeguards import check_output
+        check_output(options)
         return options, unknown
 
     parser.parse_known_args = parse_and_check  # parse_args asks it, too
 
     def create_dataset(*args: Any, **kwargs: Any) -> Any:
         dataset = plain_dataset(*args, **kwargs)
-        if not options.balance_power or not kwargs.get('is_training'):
+        if not kwargs.get('is_training'):
             return dataset
-        from .balance import BalancedDataset
-        try:
-            return BalancedDataset(dataset, options.balance_power, seed=getattr(options, 'seed', 0))
-        except ValueError as error:
-            raise LaunchError(f'--balance-power: {error}') from None
+        if options.balance_power:
+            from .balance import BalancedDataset
+            try:
+                dataset = BalancedDataset(dataset, options.balance_power, seed=getattr(options, 'seed', 0))
+            except ValueError as error:
+                raise LaunchError(f'--balance-power: {error}') from None
+        if not options.no_epoch_seeds:
+            from .epoch_seeds import SeededDataset
+            dataset = SeededDataset(dataset, getattr(options, 'seed', 0), rank())
+        return dataset
+
+    def create_loader(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get('is_training') and getattr(options, 'mixup_off_epoch', 0):
+            # Workers that live on have a copy of timm's mixup, and would never hear that it is off.
+            kwargs['persistent_workers'] = False
+        return plain_loader(*args, **kwargs)
+
+    def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
+        assert epoch_signature is not None
+        given = epoch_signature.bind(*args, **kwargs).arguments
+        epoch, loader = given['epoch'], given['loader']
+        if not options.no_epoch_seeds:
+            from .epoch_seeds import seed_epoch
+            seed_epoch(loader, getattr(options, 'seed', 0), epoch, rank())
+        from .safeguards import watch_loss
+        with watch_loss(given['task'], loader, epoch, options):
+            return plain_epoch(*args, **kwargs)
 
     if plain_dataset is not None:
         module.create_dataset = create_dataset
+    if plain_loader is not None:
+        module.create_loader = create_loader
+    if can_watch:
+        module.train_one_epoch = train_one_epoch
+    from .safeguards import SafeSaver, summarize
+    ours = {'CheckpointSaver': SafeSaver, 'update_summary': summarize}
+    if hasattr(getattr(module, 'utils', None), 'CheckpointSaver'):
+        module.utils = SimpleNamespace(**{**vars(module.utils), **ours})  # timm's own stays as it is
+    for name in ours.keys() & vars(module).keys():
+        setattr(module, name, ours[name])
+
+
+def rank() -> int:
+    """Number of this process in a distributed run, 0 without one."""
+    from timm.utils import world_info_from_env
+    return world_info_from_env()[1]
+
+
+def warn(text: str) -> None:
+    """Log a warning, once in a distributed run."""
+    if rank() == 0:
+        _logger.warning(text)
+
+
+def resolve_epoch_seeds(options: argparse.Namespace, possible: bool) -> None:
+    """Turn the seeds of epochs off, with a warning, where data are read in a way that does not go by epochs."""
+    if options.no_epoch_seeds:
+        return
+    dataset = getattr(options, 'dataset', '') or ''
+    obstacles = {
+        'this train script has no create_dataset or train_one_epoch of the usual form': not possible,
+        '--use-multi-epochs-loader reads ahead into the next epoch': getattr(options, 'use_multi_epochs_loader', None),
+        'the NaFlex loader has an order of its own': getattr(options, 'naflex_loader', None),
+        f'{dataset} is a stream': dataset.lower().partition('/')[0] in ('hfids', 'tfds', 'wds'),
+    }
+    for reason, applies in obstacles.items():
+        if applies:
+            options.no_epoch_seeds = True
+            warn(f'{reason}: a run that is resumed will not repeat what it would have done uninterrupted.')
+            return
 
 
 def configured_task(options: argparse.Namespace) -> type:

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
@@ -57,8 +58,14 @@ class CosineHarmonyModule(nn.Module):
         return {f'model.{name}' for name in names} | {'loss.centers'}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer numbers for layer-wise learning rate decay: the model's own, and the centers with its last layer."""
-        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        """Layer numbers for layer-wise learning rate decay: the model's own, and the centers with its last layer.
+
+        A model that does not name its layers gets the ones that timm makes up for it.
+        """
+        if hasattr(self.model, 'group_matcher'):
+            layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(self.model)
         last = max(layers.values(), default=0)
         return lambda name: layers.get(name.removeprefix('model.'), last)
 
