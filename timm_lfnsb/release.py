@@ -1,120 +1,232 @@
 """Weights inside the package: put a trained run there with what was measured of it, and measure it again."""
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .calibration import measure_calibration
+from .embedded import ReleaseError, embedded_weights, weights_info
 from .evaluate import compute_metrics, load_model, predict_folder
+from .hub import file_sha256 as sha256
 from .networks import WEIGHTS_DIR
 from .pack import find_checkpoint, load_checkpoint, pack
+from .robustness import PERTURBATIONS, measure_robustness
+from .runs import clean_settings, find_recipe, read_curve
+from .version import __version__
+
+__all__ = [
+    'ReleaseError', 'compare', 'embedded_weights', 'measure', 'remeasure', 'sha256', 'ship', 'verify', 'weights_info',
+    'weights_table',
+]
 
 TOLERANCE = 0.002
 """Disagreement of an accuracy (a fraction) with the stored one that `verify` lets pass: 0.2 points."""
 
+ECE_TOLERANCE = 0.005
+TEMPERATURE_TOLERANCE = 0.02
+
 SPLITS = ('validation', 'test')
-# Settings that name places on the machine of the run, or say nothing about the weights.
-_LEFT_OUT = {
-    'data', 'data_dir', 'output', 'experiment', 'class_map', 'resume', 'initial_checkpoint', 'pretrained_path',
-    'local_rank', 'rank', 'world_size', 'distributed', 'device_modules', 'prefetcher',
-}
 
 
-class ReleaseError(RuntimeError):
-    """Weights that cannot be stored or do not hold what their JSON says."""
+def measure(name: str, data_dir: Path, robustness: Sequence[str] = tuple(PERTURBATIONS)) -> dict[str, Any]:
+    """Measure weights on the validation and test split of a prepared data folder: one crop, no test-time augmentation.
 
-
-def embedded_weights() -> list[str]:
-    """Names of the weights inside the package, as `timm.create_model` takes them."""
-    return sorted(path.stem for path in WEIGHTS_DIR.glob('*.json'))
-
-
-def weights_info(name: str) -> dict[str, Any]:
-    """What is known of embedded weights: data, training, metrics, SHA-256 of the file.
-
-    Raises:
-        ReleaseError: When there are none of this name.
-    """
-    path = WEIGHTS_DIR / f'{name}.json'
-    if not path.is_file():
-        there_are = ', '.join(embedded_weights()) or 'none'
-        raise ReleaseError(f'there are no embedded weights {name!r}; there are {there_are}.')
-    return json.loads(path.read_text(encoding='utf-8'))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def measure(name: str, data_dir: Path, splits: Sequence[str]) -> dict[str, Any]:
-    """Evaluate weights on splits of a prepared data folder, one crop, no test-time augmentation."""
-    model = load_model(name)
-    return {split: compute_metrics(predict_folder(model, data_dir, split=split)) for split in splits}
-
-
-def verify(name: str, data_dir: Path) -> list[str]:
-    """Measure embedded weights again and compare with their JSON.
+    Args:
+        name: A name for `load_model`.
+        data_dir: Folder made by `prepare`.
+        robustness: Which of `PERTURBATIONS` to evaluate on the test split; each takes as long as the split does.
 
     Returns:
-        A line for each split with the stored and the measured accuracy.
+        What the JSON of embedded weights holds under these keys: `metrics` by split (see `compute_metrics`),
+        `temperature`, `calibration` (see `measure_calibration`), `robustness` (see `measure_robustness`; not there
+        where nothing was asked for) and `measured_with`, the versions of the packages.
+    """
+    model = load_model(name)
+    predictions = {split: predict_folder(model, data_dir, split=split) for split in SPLITS}
+    calibration = measure_calibration(predictions['validation'], predictions['test'])
+    measured = {
+        'metrics': {split: compute_metrics(of_split) for split, of_split in predictions.items()},
+        'temperature': calibration.pop('temperature'),
+        'calibration': calibration,
+    }
+    if robustness:
+        measured['robustness'] = measure_robustness(
+            model, data_dir, names=robustness, clean=predictions['test'])
+    measured['measured_with'] = {
+        'timm_lfnsb': __version__,
+        **{package: version(package) for package in ('torch', 'torchvision', 'timm', 'pillow', 'numpy')}}
+    return measured
+
+
+def compare(stored: dict[str, Any], measured: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Compare what was measured with what a JSON says; what only one of the two has is left out.
+
+    Returns:
+        A line for each split, the temperature and each row of the robustness table; and a clause for each figure that
+        differs by more than its tolerance.
+    """
+    lines, wrong = [], []
+
+    def check(where: str, key: str, new: float, old: float, tolerance: float) -> None:
+        if not abs(new - old) <= tolerance:
+            wrong.append(f'{where}: {key} is {new:.4g}, its JSON says {old:.4g}')
+
+    for split, new in measured.get('metrics', {}).items():
+        old = stored['metrics'][split]
+        for key, tolerance in (('count', 0), ('accuracy', TOLERANCE), ('balanced_accuracy', TOLERANCE)):
+            check(f'on {split}', key, new[key], old[key], tolerance)
+        lines.append(f'on {split}: accuracy {new["accuracy"]:.4f} (JSON {old["accuracy"]:.4f}), balanced '
+                     f'{new["balanced_accuracy"]:.4f} (JSON {old["balanced_accuracy"]:.4f}), {new["count"]} faces')
+    if 'temperature' in stored and 'temperature' in measured:
+        check('calibration', 'temperature', measured['temperature'], stored['temperature'], TEMPERATURE_TOLERANCE)
+        new, old = measured['calibration'], stored['calibration']
+        for key in ('ece', 'ece_scaled'):
+            check('calibration', key, new[key], old[key], ECE_TOLERANCE)
+        lines.append(f'temperature {measured["temperature"]:.3f} (JSON {stored["temperature"]:.3f}), with it ECE '
+                     f'{new["ece_scaled"]:.4f} (JSON {old["ece_scaled"]:.4f}), without {new["ece"]:.4f} '
+                     f'(JSON {old["ece"]:.4f})')
+    old_rows = stored.get('robustness', {}).get('rows', {})
+    for name, new in measured.get('robustness', {}).get('rows', {}).items():
+        if name in old_rows:
+            old = old_rows[name]
+            check(name, 'accuracy', new['accuracy'], old['accuracy'], TOLERANCE)
+            lines.append(f'{name}: accuracy {new["accuracy"]:.4f} (JSON {old["accuracy"]:.4f})')
+    return lines, wrong
+
+
+def verify(name: str, data_dir: Path, robustness: Sequence[str] = tuple(PERTURBATIONS)) -> list[str]:
+    """Measure embedded weights again and compare with their JSON.
+
+    Args:
+        name: Name of embedded weights.
+        data_dir: Folder made by `prepare`.
+        robustness: See `measure`; rows that the JSON lacks are left out.
+
+    Returns:
+        A line for each split, the temperature and each row of the robustness table, with both figures.
 
     Raises:
-        ReleaseError: When the file is not the one the JSON describes, or an accuracy differs by over 0.2 points.
+        ReleaseError: When the file is not the one the JSON describes; when an accuracy differs by over 0.2 points, an
+            ECE by over 0.5, or the temperature by over 0.02.
     """
+    info = _checked_info(name)
+    rows = info.get('robustness', {}).get('rows', {})
+    lines, wrong = compare(info, measure(name, data_dir, [row for row in robustness if row in rows]))
+    if wrong:
+        raise ReleaseError(f'{name} {"; ".join(wrong)}: the data folder was prepared otherwise, or preprocessing '
+                           'changed.')
+    for key in ('temperature', 'robustness'):
+        if key not in info:
+            lines.append(f'{key}: not in its JSON, see timm-lfnsb weights measure')
+    return [f'{name} {line}' for line in lines]
+
+
+def remeasure(name: str, data_dir: Path, replace: bool = False) -> dict[str, Any]:
+    """Measure embedded weights again and put temperature, calibration, robustness and recipes into their JSON.
+
+    The metrics of the splits stay as they are, unless `replace` is set. The JSON is replaced as a whole.
+
+    Args:
+        name: Name of embedded weights.
+        data_dir: The prepared data folder they were measured on.
+        replace: Take the newly measured metrics, and the checksum of the file, as well.
+
+    Returns:
+        What the JSON holds now.
+
+    Raises:
+        ReleaseError: When the data folder is another one than the JSON's; without `replace` also when the file is not
+            the one the JSON describes, or its metrics differ by over 0.2 points from what is measured.
+    """
+    info = weights_info(name) if replace else _checked_info(name)
+    if dataset_info(data_dir).get('sha256') != info['data']['sha256']:
+        raise ReleaseError(f'{data_dir} is not the data of {name}: its dataset.json has another checksum.')
+    before = sha256(WEIGHTS_DIR / f'{name}.safetensors')
+    measured = measure(name, data_dir)
+    if sha256(WEIGHTS_DIR / f'{name}.safetensors') != before:
+        raise ReleaseError(f'{name}.safetensors was replaced while it was measured: start again.')
+    if replace:
+        info['sha256'] = before
+    else:
+        _, wrong = compare({'metrics': info['metrics']}, measured)
+        if wrong:
+            raise ReleaseError(f'{name} {"; ".join(wrong)}: find out why first.')
+        measured['metrics'] = info['metrics']
+    info['runs'] = [{**run, **find_recipe(run['settings'])} for run in info['runs']]
+    info.update(measured)
+    _write_info(WEIGHTS_DIR / f'{name}.json', info)
+    return info
+
+
+def dataset_info(data_dir: Path) -> dict[str, Any]:
+    """What `prepare` wrote of a data folder.
+
+    Raises:
+        ReleaseError: When there is no dataset.json, or it is damaged.
+    """
+    path = data_dir / 'dataset.json'
+    if not path.is_file():
+        raise ReleaseError(f'{data_dir} has no dataset.json: make the folder with timm-lfnsb prepare.')
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        raise ReleaseError(f'{path} is damaged: make the folder again with timm-lfnsb prepare.') from None
+
+
+def _checked_info(name: str) -> dict[str, Any]:
     info = weights_info(name)
     if sha256(WEIGHTS_DIR / f'{name}.safetensors') != info['sha256']:
         raise ReleaseError(f'{name}.safetensors is not the file its JSON describes: install the package again.')
-    lines = []
-    for split, measured in measure(name, data_dir, list(info['metrics'])).items():
-        stored = info['metrics'][split]
-        for key in ('count', 'accuracy', 'balanced_accuracy'):
-            if abs(measured[key] - stored[key]) > (0 if key == 'count' else TOLERANCE):
-                raise ReleaseError(
-                    f'{name} on {split}: {key} is {measured[key]:.4g}, its JSON says {stored[key]:.4g}: the data '
-                    'folder was prepared otherwise, or preprocessing changed.')
-        lines.append(f'{name} on {split}: accuracy {measured["accuracy"]:.4f} (JSON {stored["accuracy"]:.4f}), '
-                     f'balanced {measured["balanced_accuracy"]:.4f} (JSON {stored["balanced_accuracy"]:.4f}), '
-                     f'{measured["count"]} faces')
-    return lines
+    return info
+
+
+def _write_info(path: Path, info: dict[str, Any]) -> None:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        temporary.write_text(json.dumps(info, indent=1, allow_nan=False) + '\n', encoding='utf-8')
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def describe_run(run: Path) -> dict[str, Any]:
-    """Settings, validation curve and chosen epoch of a run of train.py, without the paths of its machine."""
+    """Settings, recipe, validation curve and chosen epoch of a run of train.py, without the paths of its machine."""
     checkpoint = load_checkpoint(find_checkpoint(run))
-    settings = {
-        key: value for key, value in sorted(vars(checkpoint['args']).items())
-        if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
-    if not (run / 'summary.csv').is_file():
-        raise ReleaseError(f'{run} has no summary.csv: give the folders of runs of train.py.')
-    with open(run / 'summary.csv', newline='', encoding='utf-8') as file:
-        curve = [{key: round(float(value), 5) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return {'settings': settings, 'chosen_epoch': checkpoint['epoch'], 'curve': curve}
+    settings = clean_settings(vars(checkpoint['args']))
+    return {
+        'settings': settings, **find_recipe(settings), 'chosen_epoch': checkpoint['epoch'], 'curve': read_curve(run)}
 
 
-def ship(name: str, runs: Sequence[Path], data_dir: Path) -> dict[str, Any]:
+def ship(
+        name: str,
+        runs: Sequence[Path],
+        data_dir: Path,
+        robustness: bool = True,
+        notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """Store the last of a chain of runs as embedded weights, in half precision, with a JSON of what it measures.
 
-    The validation and test accuracies are measured with the stored file. Half precision is compared with full on the
-    test split.
+    Everything is measured with the stored file. Half precision is compared with full on the test split.
 
     Args:
         name: 'ARCH.TAG', for instance 'lfnsb.ferplus'.
         runs: Folders of the runs of train.py that led to the weights, in order, each started from the one before.
         data_dir: Prepared data folder with dataset.json.
+        robustness: Measure the robustness table as well, which takes a dozen times as long as the test split.
+        notes: Sentences for the card that no figure tells, for instance how the weights were chosen.
 
     Raises:
         ReleaseError: When the run is of another model, or the data folder was not made by `prepare`.
     """
-    dataset_json = data_dir / 'dataset.json'
-    if not dataset_json.is_file():
-        raise ReleaseError(f'{data_dir} has no dataset.json: make the folder with timm-lfnsb prepare.')
+    data = dataset_info(data_dir)
+    described = [describe_run(run) for run in runs]
     WEIGHTS_DIR.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WEIGHTS_DIR) as temporary:
         half, full = Path(temporary) / 'half', Path(temporary) / 'full'
@@ -122,23 +234,23 @@ def ship(name: str, runs: Sequence[Path], data_dir: Path) -> dict[str, Any]:
         if packed['model'] != name.split('.')[0]:
             raise ReleaseError(f"{runs[-1]} trained {packed['model']}, not {name.split('.')[0]}.")
         pack(runs[-1], full)
-        model = load_model(f'local-dir:{half}')
-        stored = {split: predict_folder(model, data_dir, split=split) for split in SPLITS}
-        exact = predict_folder(load_model(f'local-dir:{full}'), data_dir, split='test')
+        stored = predict_folder(f'local-dir:{half}', data_dir, split='test')
+        exact = predict_folder(f'local-dir:{full}', data_dir, split='test')
         config = json.loads((half / 'config.json').read_text(encoding='utf-8'))
         info = {
             'model': name,
             'sha256': sha256(half / 'model.safetensors'),
             'label_names': packed['label_names'],
             'input_size': config['pretrained_cfg']['input_size'],
-            'data': json.loads(dataset_json.read_text(encoding='utf-8')),
+            'data': data,
             'commit': git_commit(),
             'ema': packed['ema'],
-            'runs': [describe_run(run) for run in runs],
-            'half_precision_changes': int((stored['test'].predicted != exact.predicted).sum()),
-            'metrics': {split: compute_metrics(predictions) for split, predictions in stored.items()},
+            'runs': described,
+            'notes': list(notes),
+            'half_precision_changes': int((stored.predicted != exact.predicted).sum()),
+            **measure(f'local-dir:{half}', data_dir, tuple(PERTURBATIONS) if robustness else ()),
         }
-        (Path(temporary) / 'info.json').write_text(json.dumps(info, indent=1, allow_nan=False) + '\n', encoding='utf-8')
+        _write_info(Path(temporary) / 'info.json', info)
         os.replace(half / 'model.safetensors', WEIGHTS_DIR / f'{name}.safetensors')
         os.replace(Path(temporary) / 'info.json', WEIGHTS_DIR / f'{name}.json')
     return info

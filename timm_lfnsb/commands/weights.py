@@ -5,6 +5,9 @@ from pathlib import Path
 
 import click
 
+DATA_DIR = click.option(
+    '--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
+
 
 @click.group()
 def weights() -> None:
@@ -27,13 +30,20 @@ def list_weights() -> None:
 
 @weights.command()
 @click.argument('names', nargs=-1)
-@click.option('--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
-def verify(names: tuple[str, ...], data_dir: Path) -> None:
-    """Measure embedded weights (default: all) again; fails where an accuracy is off by more than 0.2 points."""
+@DATA_DIR
+@click.option('--robustness/--no-robustness', default=True,
+              help='Measure the robustness table too, a dozen times the test split.')
+def verify(names: tuple[str, ...], data_dir: Path, robustness: bool) -> None:
+    """Measure embedded weights (default: all) again.
+
+    Fails where an accuracy is off by more than 0.2 points, a calibration error by more than 0.5, or the temperature by
+    more than 0.02.
+    """
     release = _release()
+    from ..robustness import PERTURBATIONS
     try:
         for name in names or release.embedded_weights():
-            for line in release.verify(name, data_dir):
+            for line in release.verify(name, data_dir, tuple(PERTURBATIONS) if robustness else ()):
                 click.echo(line)
     except (release.ReleaseError, ValueError) as error:
         raise click.ClickException(str(error)) from None
@@ -41,14 +51,81 @@ def verify(names: tuple[str, ...], data_dir: Path) -> None:
 
 @weights.command()
 @click.argument('name')
+@DATA_DIR
+@click.option('--replace', is_flag=True, help='Take the new metrics and checksum even where they differ from the old.')
+def measure(name: str, data_dir: Path, replace: bool) -> None:
+    """Measure the embedded weights NAME and update their JSON.
+
+    Adds calibration temperature, robustness table and recipe names. The metrics of the splits must agree with what the
+    JSON has of them.
+    """
+    release = _release()
+    from ..robustness import robustness_table
+    try:
+        info = release.remeasure(name, data_dir, replace)
+    except (release.ReleaseError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    before, after = info['calibration']['ece'], info['calibration']['ece_scaled']
+    click.echo(f"{name}: temperature {info['temperature']:.3f}, ECE on test {before:.3f} without it, {after:.3f} with "
+               f"it\n\n{robustness_table(info['robustness'])}")
+
+
+@weights.command()
+@click.argument('name')
+@DATA_DIR
+@click.option('--split', default='test', show_default=True, help='Folder in the data folder.')
+@click.option('--only', 'names', multiple=True, metavar='ROW', help='One row alone; may be given several times.')
+@click.option('--batch-size', default=64, show_default=True)
+@click.option('--workers', default=2, show_default=True, help='Processes that read images.')
+@click.option('--device', default='auto', show_default=True)
+def robustness(
+        name: str, data_dir: Path, split: str, names: tuple[str, ...], batch_size: int, workers: int, device: str,
+) -> None:
+    """Print how the accuracy of NAME holds on turned, shifted, blurred, compressed, ... images.
+
+    NAME is an embedded one, or anything else that timm.create_model loads (local-dir:PATH). Nothing is stored:
+    `weights measure` does that.
+    """
+    _release()
+    from ..robustness import PERTURBATIONS, measure_robustness, robustness_table
+    try:
+        measured = measure_robustness(
+            name, data_dir, split, names or tuple(PERTURBATIONS), batch_size=batch_size, workers=workers, device=device)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(robustness_table(measured))
+
+
+@weights.command()
+@click.argument('folders', nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+def runs(folders: tuple[Path, ...]) -> None:
+    """Print one table of the runs of train.py in FOLDERS, or of those that led to the embedded weights."""
+    from ..embedded import embedded_weights, weights_info
+    from ..runs import RunError, embedded_runs, find_runs, read_run, runs_table
+    try:
+        if folders:
+            described = [read_run(run) for folder in folders for run in find_runs(folder)]
+        else:
+            described = [run for name in embedded_weights() for run in embedded_runs(weights_info(name))]
+    except (RunError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(runs_table(described))
+
+
+@weights.command()
+@click.argument('name')
 @click.argument('runs', nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option('--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
-def ship(name: str, runs: tuple[Path, ...], data_dir: Path) -> None:
+@DATA_DIR
+@click.option('--robustness/--no-robustness', default=True,
+              help='Measure the robustness table too, a dozen times the test split.')
+@click.option('--note', 'notes', multiple=True, metavar='TEXT',
+              help='A sentence for the card that no figure tells; may be given several times.')
+def ship(name: str, runs: tuple[Path, ...], data_dir: Path, robustness: bool, notes: tuple[str, ...]) -> None:
     """Store the last of RUNS as the embedded weights NAME (ARCH.TAG), with a JSON of what it measures."""
     release = _release()
     from ..pack import PackError
     try:
-        release.ship(name, runs, data_dir)
+        release.ship(name, runs, data_dir, robustness, notes)
     except (release.ReleaseError, PackError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(release.weights_table())
