@@ -1,0 +1,311 @@
+"""Layers of the networks: convolution with norm, PReLU, mixed depthwise convolution, coordinate attention.
+
+Written for speed where the arithmetic leaves a choice, and for `timm.models.reparameterize_model`: each module that
+holds a batch norm folds it into the layer before it, in place, so that its name, its hooks and the names of its
+parameters stay. timm calls `fuse` or `reparameterize` of every child but not of the model itself, and goes on into the
+child it had before `fuse` was called: a module that `fuse` returns must be complete.
+"""
+import copy
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.repvit import RepVggDw as TimmRepVggDw
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+__all__ = [
+    'ConvNorm',
+    'ConvNormAct',
+    'CoordAttn',
+    'MixedDepthwiseConv',
+    'PReLU',
+    'RepVggDw',
+    'StemConv',
+    'StripGates',
+    'fold_norm',
+    'spatial_size',
+]
+
+# The depthwise convolution of a bottleneck: kernel size -> number of channels it filters.
+Mix = dict[int, int]
+
+
+@torch.no_grad()
+def fold_norm(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> bool:
+    """Fold a batch norm into the convolution or linear layer before it, in place.
+
+    The running statistics are used, whatever mode the norm is in. Computed in double precision, stored in the
+    layer's.
+
+    Returns:
+        Whether it was folded: something without running statistics is left as it is.
+    """
+    mean, var = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
+    if mean is None or var is None:
+        return False
+
+    def double(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.double()
+
+    weight, bias = fuse_conv_bn_weights(
+        double(layer.weight), double(layer.bias), double(mean), double(var), norm.eps,  # type: ignore[arg-type]
+        double(getattr(norm, 'weight', None)), double(getattr(norm, 'bias', None)))
+    dtype, requires_grad = layer.weight.dtype, layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad)
+    return True
+
+
+@torch.fx.wrap
+def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:
+    """Images or maps on a CPU in channels-last order, in which everything here runs up to twice as fast; see README.
+
+    Other devices keep the order that the caller chose.
+    """
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():  # TorchScript's exporter does not know memory formats
+            return x
+    if x.device.type == 'cpu':
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def spatial_size(x: torch.Tensor) -> tuple[int, int]:
+    """Height and width of maps (B, C, H, W), as plain numbers for TorchScript's ONNX exporter, which wants those."""
+    height, width = x.shape[-2:]
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            height, width = int(height), int(width)
+    return height, width
+
+
+def _eager_training_on_cpu(x: torch.Tensor) -> bool:
+    """Whether a gradient of our own is wanted: compilers make a good one themselves, and other devices have one."""
+    return (
+        x.device.type == 'cpu' and torch.is_grad_enabled()
+        and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    )
+
+
+class _PReLUFunction(torch.autograd.Function):
+    """PReLU with a vectorised gradient: torch's own kernel on the CPU goes element by element."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.prelu(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_positive = torch.ops.aten.threshold_backward(grad, x, 0)  # where x > 0
+        grad_negative = grad - grad_positive
+        grad_weight = (grad_negative * x).sum((0, 2, 3))
+        return torch.addcmul(grad_positive, grad_negative, weight.view(-1, 1, 1)), grad_weight
+
+
+@torch.fx.wrap
+def prelu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """PReLU of maps (B, C, H, W) with one slope a channel."""
+    if not torch.jit.is_scripting():
+        if _eager_training_on_cpu(x):
+            return _PReLUFunction.apply(x, weight.to(x.dtype))
+    return F.prelu(x, weight)
+
+
+class PReLU(nn.PReLU):
+    """nn.PReLU with one slope a channel and a faster gradient on the CPU."""
+
+    def __init__(self, chs: int, device=None, dtype=None):
+        super().__init__(chs, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return prelu(x, self.weight)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias (padding k // 2 unless given) and batch norm, then what a subclass adds."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int | tuple[int, int] = 1,
+            stride: int = 1,
+            padding: int | None = None,
+            groups: int = 1,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if padding is None:
+            assert isinstance(kernel_size, int)
+            padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+
+    def reparameterize(self) -> None:
+        if hasattr(self, 'bn') and fold_norm(self.conv, self.bn):
+            del self.bn
+
+
+class ConvNormAct(ConvNorm):
+    """Convolution without bias (padding k // 2), batch norm, and PReLU per channel where `act` is set."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 1,
+            stride: int = 1,
+            groups: int = 1,
+            act: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(in_chs, out_chs, kernel_size, stride, groups=groups, **dd)
+        if act:
+            self.act = PReLU(out_chs, **dd)
+
+
+class StemConv(ConvNormAct):
+    """The first convolution, which chooses the memory format of all that follows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = channels_last_on_cpu(x)
+        for module in self:
+            x = module(x)
+        return channels_last_on_cpu(x)  # one grey channel is in both orders at once, and the convolution took NCHW
+
+
+class MixedDepthwiseConv(nn.Module):
+    """Depthwise convolution whose channel groups have kernels of different sizes (MixConv), no norm, no activation."""
+
+    def __init__(self, mix: Mix, stride: int = 1, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.splits = list(mix.values())
+        self.convs = nn.ModuleList([
+            nn.Conv2d(chs, chs, kernel, stride, kernel // 2, groups=chs, bias=False, **dd)
+            for kernel, chs in mix.items()
+        ])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.splits) == 1:
+            return self.convs[0](x)
+        parts = torch.split(x, self.splits, dim=1)
+        out: list[torch.Tensor] = []
+        for i, conv in enumerate(self.convs):
+            out.append(conv(parts[i]))
+        return torch.cat(out, dim=1)
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Make it one convolution of the largest kernel, the smaller ones padded with zeros."""
+        if len(self.splits) == 1:
+            return
+        convs = [conv for conv in self.convs if isinstance(conv, nn.Conv2d)]
+        kernel, chs = max(conv.kernel_size[0] for conv in convs), sum(self.splits)
+        weight = torch.cat([F.pad(conv.weight, 4 * [(kernel - conv.kernel_size[0]) // 2]) for conv in convs])
+        merged = nn.Conv2d(
+            chs, chs, kernel, convs[0].stride, kernel // 2, groups=chs, bias=False,  # type: ignore[arg-type]
+            device=weight.device, dtype=weight.dtype)
+        merged.weight = nn.Parameter(weight, convs[0].weight.requires_grad)
+        self.splits = [chs]
+        self.convs = nn.ModuleList([merged])
+
+
+class StripGates(nn.Module):
+    """What coordinate attentions share: from a strip along each axis to a sigmoid gate along each axis."""
+
+    def __init__(self, chs: int, rd_chs: int, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(chs, rd_chs, 1, **dd)
+        self.bn1 = nn.BatchNorm2d(rd_chs, **dd)
+        self.act = nn.Hardswish()
+        self.conv_h = nn.Conv2d(rd_chs, chs, 1, **dd)
+        self.conv_w = nn.Conv2d(rd_chs, chs, 1, **dd)
+
+    def gates(self, x_h: torch.Tensor, x_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, H, 1) and (B, C, 1, W) -> two tensors of these shapes between 0 and 1."""
+        if self.training:  # one batch norm over both strips
+            height, width = x_h.shape[2], x_w.shape[3]
+            strips = torch.cat([x_h, x_w.transpose(2, 3)], dim=2)
+            strips = self.act(self.bn1(self.conv1(strips)))
+            x_h, x_w = torch.split(strips, [height, width], dim=2)
+            x_w = x_w.transpose(2, 3)
+        else:  # the same with running statistics
+            x_h = self.act(self.bn1(self.conv1(x_h)))
+            x_w = self.act(self.bn1(self.conv1(x_w)))
+        return self.conv_h(x_h).sigmoid(), self.conv_w(x_w).sigmoid()
+
+    def reparameterize(self) -> None:
+        if fold_norm(self.conv1, self.bn1):
+            self.bn1 = nn.Identity()  # type: ignore[assignment]
+
+
+class _GateFunction(torch.autograd.Function):
+    """x * gate_h * gate_w, whose gradients of the gates sum by a pool: sums over single axes of a map are slow."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, gate_h: torch.Tensor, gate_w: torch.Tensor) -> torch.Tensor:
+        return (x * gate_h).mul_(gate_w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, gate_h, gate_w = ctx.saved_tensors
+        height, width = x.shape[-2:]
+        product = grad * x
+        grad_h = F.avg_pool2d(product * gate_w, (1, width), divisor_override=1)
+        grad_w = F.avg_pool2d(product * gate_h, (height, 1), divisor_override=1)
+        return grad * gate_h * gate_w, grad_h, grad_w
+
+
+@torch.fx.wrap
+def apply_gates(x: torch.Tensor, gate_h: torch.Tensor, gate_w: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) times (B, C, H, 1) times (B, C, 1, W)."""
+    if not torch.jit.is_scripting():
+        if _eager_training_on_cpu(x):
+            return _GateFunction.apply(x, gate_h, gate_w)
+    return (x * gate_h).mul_(gate_w)
+
+
+class CoordAttn(StripGates):
+    """Coordinate attention, the function and the parameter names of timm's `create_attn('coord', ..., bias=True)`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = spatial_size(x)
+        gate_h, gate_w = self.gates(F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1)))
+        return apply_gates(x, gate_h, gate_w)
+
+
+class RepVggDw(TimmRepVggDw):
+    """timm's RepVGGDW, fused in double precision and to the dtype of the network."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        conv, norm, pointwise, last_norm = (
+            copy.deepcopy(module) for module in (*self.conv.children(), self.conv1, self.bn))
+        assert isinstance(conv, nn.Conv2d) and isinstance(pointwise, nn.Conv2d)
+        dtype, middle = conv.weight.dtype, conv.kernel_size[0] // 2
+        if not fold_norm(conv.double(), norm):
+            return self
+        assert conv.bias is not None and pointwise.bias is not None
+        conv.weight[:, :, middle, middle] += pointwise.weight[:, :, 0, 0].double() + 1
+        conv.bias += pointwise.bias.double()
+        return conv.to(dtype) if fold_norm(conv, last_norm) else self
