@@ -220,6 +220,93 @@ def test_broken_weights(astronaut):
         ExpressionRecognizer(model, detector=None)(astronaut)
 
 
+# Exported files
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """The default model as files: for one face, for a batch of three, and with the normalisation inside."""
+    pytest.importorskip('onnx', reason="pip install 'timm-lfnsb[export]' to test exported files")
+    pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]' to test exported files")
+    from timm_lfnsb.export import export_model
+    folder = tmp_path_factory.mktemp('exported')
+    model = timm.create_model('lfnsb', pretrained=True)
+    export_model(model, folder / 'one.onnx')
+    export_model(model, folder / 'three.onnx', batch=3)
+    export_model(model, folder / 'uint8.onnx', with_preprocess=True)
+    return folder
+
+
+@pytest.mark.parametrize('name', ['one', 'three', 'uint8'])
+def test_exported_file_gives_the_same_faces(exported, astronaut, name):
+    """Also for more faces than the file takes at a time, and images without any."""
+    two = np.concatenate([astronaut, astronaut], axis=1)
+    images = [astronaut, np.zeros((40, 70), np.uint8), two, two]
+    expected = ExpressionRecognizer()(images)
+    assert [len(faces) for faces in expected] == [1, 0, 2, 2] and expected[0][0].label == 'happiness'
+    for file in (str(exported / f'{name}.onnx'), exported / f'{name}.onnx'):
+        recognize = ExpressionRecognizer(file)
+        assert recognize.label_names == EXPRESSIONS_8
+        for faces, others in zip(recognize(images), expected, strict=True):
+            assert [face.box for face in faces] == [face.box for face in others]
+            for face, other in zip(faces, others, strict=True):
+                assert face.label == other.label
+                assert face.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+
+
+def test_predict_command_takes_an_exported_file(exported, tmp_path):
+    from click.testing import CliRunner
+
+    from timm_lfnsb.cli import main
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / 'a.png')
+    results = []
+    for model in ('lfnsb', exported / 'one.onnx'):
+        result = CliRunner().invoke(main, ['predict', str(tmp_path / 'a.png'), '--json', '--model', str(model)])
+        assert result.exit_code == 0, result.output
+        results.append(json.loads(result.stdout)['faces'][0])
+    assert results[0]['box'] == results[1]['box'] and results[0]['label'] == results[1]['label']
+    assert results[0]['probabilities'] == pytest.approx(results[1]['probabilities'], abs=1e-4)
+    for args, message in (
+            (['--model', 'missing.onnx'], 'there is no file missing.onnx'),
+            (['--model', str(exported / 'one.onnx'), '--device', 'cuda'], 'run on the CPU'),
+    ):
+        result = CliRunner().invoke(main, ['predict', str(tmp_path / 'a.png'), *args])
+        assert result.exit_code == 1 and message in result.output
+        assert result.output.startswith('Error: ') and result.output.count('\n') == 1
+
+
+def test_exported_files_that_cannot_be_used(exported, astronaut, tmp_path, monkeypatch):
+    import sys
+
+    import onnx
+    network = onnx.load(exported / 'one.onnx')
+    metadata = {entry.key: entry.value for entry in network.metadata_props}
+
+    def file(**changes) -> str:
+        changed = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
+        del network.metadata_props[:]
+        onnx.helper.set_model_props(network, changed)
+        onnx.save(network, tmp_path / 'model.onnx')
+        return str(tmp_path / 'model.onnx')
+
+    assert ExpressionRecognizer(file(), detector=None)(astronaut)
+    for changes, message in (
+            (dict(label_names=None), 'no label_names in its metadata'),
+            (dict(input_size=None), 'no input_size in its metadata'),
+            (dict(label_names='neutral'), 'no list of different names'),
+            (dict(label_names=json.dumps(['joy', 'joy'])), 'no list of different names'),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ExpressionRecognizer(file(**changes))
+    seven = ExpressionRecognizer(file(label_names=json.dumps(EXPRESSIONS_8[:7])), detector=None)
+    with pytest.raises(RuntimeError, match='7 label names'):
+        seven(astronaut)
+    with pytest.raises(ValueError, match='run on the CPU'):
+        ExpressionRecognizer(file(), device='cuda')
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(RuntimeError, match=r"needs onnxruntime: pip install 'timm-lfnsb\[export\]' brings it"):
+        ExpressionRecognizer(file())
+
+
 # Annotated pictures
 
 def _face(box, names=EXPRESSIONS_8) -> Face:

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, overload
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -14,7 +14,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 from . import networks as networks  # registers the models
 from .faces import Box, HaarDetector, ImageError, ImageInput, align_face, aligned_box, clip_box, crop_face, read_image
-from .labels import model_label_names
+from .hub import load_model
+from .labels import canonical_name, model_label_names
+from .runtimes import ExportedModel, RuntimeFileError, is_exported
 
 Detector = Callable[[np.ndarray], Any]
 
@@ -59,24 +61,27 @@ class ExpressionRecognizer:
     Args:
         model: What `timm.create_model` takes: a name ('lfnsb', 'lfnsb.ferplus'), 'local-dir:FOLDER' or
             'hf-hub:ORG/NAME'; or a timm model with its weights, which is moved to the device and put into eval mode.
-            Its `pretrained_cfg` must carry `label_names`.
+            Its `pretrained_cfg` must carry `label_names`. Or a file that `timm-lfnsb export` wrote ('model.onnx'),
+            which runs in its own runtime on the CPU, with labels and preprocessing as its metadata say.
         detector: 'haar' for OpenCV's frontal face cascade (see `HaarDetector`); None for images that are faces
             already, each taken whole; or a function from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width,
             height in pixels, or to five points of each face (N, 5, 2), with which the crop is `align_face`.
         margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2; see
             `crop_face`. It has no meaning for whole images and five points.
         batch_size: Number of faces that go through the network together.
-        device: A torch device, or 'auto' for CUDA where there is one, else the CPU.
+        device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
 
     Raises:
         ValueError: When the model has no (or not its number of) label names, or takes neither 1 nor 3 channels; when
             an argument is out of range or there is no such device.
-        RuntimeError: From timm, when the model is unknown or has no weights; when OpenCV lacks the cascade.
+        RuntimeError: From timm, when the model is unknown or has no weights; when OpenCV lacks the cascade; as
+            `HubError`, see `timm_lfnsb.hub.load_model`, for models from the Hub; as `RuntimeFileError` for an exported
+            file that is damaged, lacks metadata or whose runtime is not installed.
     """
 
     def __init__(
             self,
-            model: str | nn.Module = 'lfnsb',
+            model: str | PathLike[str] | nn.Module | ExportedModel = 'lfnsb',
             detector: str | Detector | None = 'haar',
             margin: float = MARGIN,
             batch_size: int = 32,
@@ -94,8 +99,16 @@ class ExpressionRecognizer:
         self.margin = margin
         self.batch_size = batch_size
 
-        if isinstance(model, str):
-            model = timm.create_model(model, pretrained=True)
+        if isinstance(model, (str, PathLike)):
+            model = ExportedModel(model) if is_exported(model) else load_model(str(model))
+        self.model: nn.Module | ExportedModel
+        if isinstance(model, ExportedModel):
+            if str(device) not in ('auto', 'cpu'):
+                raise ValueError(f"exported files run on the CPU here, not on '{device}': leave the device out.")
+            self.model = model
+            self.label_names = _exported_label_names(model)
+            self.in_chans, self._transform = _exported_preprocessing(model)
+            return
         self.label_names = model_label_names(model)
         if device == 'auto':
             device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -188,15 +201,24 @@ class ExpressionRecognizer:
 
     def _classify(self, crops: list[torch.Tensor]) -> list[list[float]]:
         """Probabilities (N, classes) of crops."""
-        like = next(self.model.parameters())
         probabilities: list[list[float]] = []
         for start in range(0, len(crops), self.batch_size):
-            batch = torch.stack(crops[start:start + self.batch_size]).to(device=like.device, dtype=like.dtype)
-            scores = self.model(batch).float().softmax(dim=1)
+            scores = self._logits(torch.stack(crops[start:start + self.batch_size])).float().softmax(dim=1)
             if not scores.isfinite().all():
                 raise RuntimeError('the model gave scores that are not finite: its weights are damaged.')
             probabilities += scores.tolist()
         return probabilities
+
+    def _logits(self, batch: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.model, ExportedModel):
+            like = next(self.model.parameters())
+            return self.model(batch.to(device=like.device, dtype=like.dtype))
+        logits = torch.from_numpy(self.model(batch.numpy()))
+        if logits.shape != (len(batch), len(self.label_names)):
+            raise RuntimeFileError(
+                f'{self.model.path} gives outputs {tuple(logits.shape)} for {len(batch)} faces and '
+                f'{len(self.label_names)} label names: it is no classifier, or its metadata is wrong.')
+        return logits
 
     def _face(self, box: Box, scores: list[float]) -> Face:
         probabilities = dict(zip(self.label_names, scores, strict=True))
@@ -214,3 +236,21 @@ def _preprocessing(model: nn.Module) -> tuple[int, Callable[[Image.Image], torch
         for key in ('mean', 'std'):
             config[key] = (sum(config[key]) / len(config[key]),)
     return in_chans, create_transform(**config, is_training=False)
+
+
+def _exported_preprocessing(model: ExportedModel) -> tuple[int, Callable[[Image.Image], torch.Tensor]]:
+    """The same for an exported file, by its metadata; where it normalises itself, uint8 (H, W, C) come out."""
+    keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    config = {key: model.value(key) for key in keys}
+    in_chans, normalized = config['input_size'][0], model.value('input') == 'normalized'
+    if in_chans not in (1, 3):
+        raise ValueError(f'{model.path} takes {in_chans} channels: only grey (1) and RGB (3) models see photographs.')
+    transform = create_transform(**config, is_training=False, normalize=normalized)
+    return in_chans, transform if normalized else lambda image: transform(image).permute(1, 2, 0).contiguous()
+
+
+def _exported_label_names(model: ExportedModel) -> tuple[str, ...]:
+    names = model.value('label_names')
+    if not isinstance(names, list) or len({canonical_name(str(name)) for name in names}) != len(names):
+        raise RuntimeFileError(f'{model.path} has no list of different names as label_names in its metadata.')
+    return tuple(str(name) for name in names)

@@ -10,7 +10,7 @@ import click
 @click.argument('images', nargs=-1, type=click.Path(path_type=Path), metavar='IMAGE_OR_FOLDER...')
 @click.option('--sample', is_flag=True, help="Take NASA's portrait of Eileen Collins, which scikit-image brings.")
 @click.option('--model', default='lfnsb', show_default=True, metavar='NAME',
-              help='A timm name with weights, local-dir:PATH or hf-hub:ID.')
+              help='A timm name with weights, local-dir:PATH, hf-hub:ID or a file that `timm-lfnsb export` wrote.')
 @click.option('--detector', default='haar', show_default=True, type=click.Choice(['haar', 'none']),
               help="OpenCV's frontal face cascade, or none for images that are faces already.")
 @click.option('--margin', type=float, metavar='FRACTION',
@@ -31,12 +31,13 @@ def predict(
     """
     import json
 
-    import timm
     from tqdm import tqdm
 
     from ..annotate import annotation_paths, draw_faces, save_picture
     from ..faces import ImageError, find_images
+    from ..hub import load_model
     from ..recognizer import ExpressionRecognizer
+    from ..runtimes import is_exported
     if sample:
         import skimage
         images = (*images, Path(skimage.__file__).parent / 'data' / 'astronaut.png')
@@ -51,7 +52,7 @@ def predict(
     except ValueError as error:
         raise click.ClickException(str(error)) from None
     try:
-        network = timm.create_model(model, pretrained=True)
+        network = model if is_exported(model) else load_model(model)
     except Exception as error:  # timm, the Hub and the file formats each raise types of their own
         if 'No pretrained weights exist' in str(error):
             message = f'{model} has no trained weights: give a model that has some, local-dir:PATH or hf-hub:ID.'

@@ -1,0 +1,47 @@
+"""`timm-lfnsb export`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument('model')
+@click.argument('out', type=click.Path(path_type=Path))
+@click.option('--format', 'format_', type=click.Choice(['onnx', 'openvino', 'torch-export', 'executorch']),
+              help="Kind of file. [default: by OUT's suffix: .onnx, .xml, .pt2, .pte]")
+@click.option('--batch', default='1', show_default=True, metavar='N|dynamic', help='Images the file takes at a time.')
+@click.option('--precision', default='fp32', show_default=True, type=click.Choice(['fp32', 'fp16', 'int8']),
+              help='fp16: weights in half precision. int8: quantised; onnx and openvino, with --calibrate.')
+@click.option('--with-preprocess', is_flag=True,
+              help='Let the file take RGB images, uint8 (batch, height, width, 3), and normalise them itself.')
+@click.option('--calibrate', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
+              help='Face crops for int8: a folder, or a prepared data set, whose training split is taken.')
+def export(
+        model: str, out: Path, format_: str | None, batch: str, precision: str, with_preprocess: bool,
+        calibrate: Path | None,
+) -> None:
+    """Write MODEL as the file OUT for another runtime, and compare the two.
+
+    MODEL is a timm name with weights, local-dir:PATH or hf-hub:ID. It is reparameterised, and its label names and input
+    settings go into the file. The file is then run in its own runtime: if it disagrees with the model, there is none.
+    """
+    if batch != 'dynamic' and not (batch.isdecimal() and int(batch) >= 1):
+        raise click.UsageError(f"--batch is a number from 1 on, or 'dynamic', not {batch!r}.")
+    from ..export import ExportError, export_model
+    from ..hub import load_model
+    try:
+        network = load_model(model)
+    except Exception as error:  # timm, the Hub and the file formats each raise types of their own
+        if 'No pretrained weights exist' in str(error):
+            message = f'{model} has no trained weights: give a model that has some, local-dir:PATH or hf-hub:ID.'
+        else:
+            message = f"cannot load the model {model}: {' '.join(str(error).split())}"
+        raise click.ClickException(message) from None
+    try:
+        report = export_model(
+            network, out, format_, None if batch == 'dynamic' else int(batch), precision, with_preprocess, calibrate)
+    except (ExportError, OSError) as error:
+        raise click.ClickException(' '.join(str(error).split())) from None
+    click.echo(str(report))

@@ -1,0 +1,239 @@
+"""Networks rewritten for the runtimes that execute exported files: the same function in other operators.
+
+`lower_network` takes a network of this zoo apart and puts it together again from what a runtime executes well. It is
+for export alone: no training, one image size, results equal to rounding.
+
+What was tried, with lfnsb at 112 px, batch 1, float32: time as a multiple of ResNet-18's at 112 px in the same run, on
+two cores with AVX-512 that other work shared (minima of interleaved rounds, real-time priority for the two threads).
+ResNet-18 takes 4.6 ms there at one thread and 2.6 at two in either runtime, some 400 GFLOP/s, so whatever is not a
+large convolution weighs more than on slower cores.
+
+| ONNX Runtime 1.32 | 1 thread | 2 threads |
+|---|---|---|
+| network as it is: 835 nodes, 268 of them change the layout, PReLU takes 42 % of the time | 2.9 | 4.3 |
+| merged kernels, strips apart, channels padded to 16, pools as AveragePool, gates as Resize | 2.4 | |
+| ... and PReLU as ReLU + 1x1 depthwise convolution: 519 nodes, 1 changes the layout (**taken**) | 0.98 | 1.22-1.31 |
+| ... gates by broadcast, or multiplied with each other first: each product leaves the layout | 1.3, 1.2 | |
+| ... pools as ReduceMean | 1.2 | |
+| ... PReLU with a second k x k depthwise convolution, or a second 1x1 convolution | 1.02, 1.3 | 1.35 |
+| ... PReLU as -(relu(-y) (a - 1) - y), which needs no division: the sum is no longer in place | | 1.33 |
+| ... first convolution of the attention before its pools: its hard-swish is no longer fused | | 1.39 |
+| ... strips enlarged before the second convolution of the attention, at 7, 14, 28 px maps | | 1.28-1.45 |
+| another function: without attention; ReLU for PReLU; both (convolutions only) | 0.82; 0.92; 0.75 | -; -; 0.75 |
+| int8 (see `timm_lfnsb.export`) | 0.85 | 1.6 |
+
+| OpenVINO 2026.4 | 1 thread | 2 threads |
+|---|---|---|
+| network as it is | 1.07 | |
+| merged kernels, strips apart; PReLU stays, for it is fused into the convolution | 0.97-1.13 | 1.22-1.32 |
+| ... channels padded to 16, first convolution of the attention before its pools (**taken**) | 0.95-1.10 | 1.18-1.29 |
+| ... gates as Resize; pools as ReduceMean; PReLU as for ONNX Runtime | 1.06; 1.07; 1.04 | |
+| another function: without attention; ReLU for PReLU; both (convolutions only) | 0.83; 0.92; 0.77 | 0.89; 1.17; 0.77 |
+| int8 | 0.6-0.85 | 0.82 |
+
+So convolutions alone take 0.75 to 0.77 of ResNet-18's time. The rest is not arithmetic: a bottleneck has 15 nodes, and
+at two threads each of them waits for the other core, for 2 to 4 microseconds of the 5 to 10 that most of them take. In
+some processes that wait is longer from start to end, and ONNX Runtime at two threads then takes 2.0 to 2.3 times
+ResNet-18's time with the same file; one thread shows nothing of it.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import reparameterize_model
+
+from .layers import ConvNormAct, StripGates
+from .networks import DirectionAttention, MixedBottleneck, MixedFeatureNet, SpatialBiasHead
+
+RUNTIMES = ('onnxruntime', 'openvino')
+
+BLOCK = 16
+"""Channels that the runtimes' blocked layouts keep together; where a layer's do not divide by it, it is padded."""
+
+
+@torch.no_grad()
+def lower_network(model: nn.Module, runtime: str) -> nn.Module:
+    """Reparameterise a model and, if it is a network of this zoo, write it in the operators that suit a runtime.
+
+    Args:
+        model: A timm model; it is left alone.
+        runtime: One of `RUNTIMES`.
+
+    Returns:
+        A model in eval mode that computes the same logits (or the same embedding, for one without classifier).
+    """
+    assert runtime in RUNTIMES
+    model = reparameterize_model(copy.deepcopy(model).eval(), inplace=True).eval()
+    if isinstance(model, MixedFeatureNet):
+        if isinstance(model.head, SpatialBiasHead) and model.global_pool:
+            _lower_spatial_bias(model, model.head)
+        _lower_children(model, runtime)
+    return model
+
+
+def _lower_children(module: nn.Module, runtime: str) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, MixedBottleneck):
+            setattr(module, name, LoweredBottleneck(child, runtime))
+        elif isinstance(child, DirectionAttention):
+            strips = [child.strip_h.conv, child.strip_w.conv]
+            setattr(module, name, LoweredGates(child, strips[0].out_channels, runtime, strips))
+        elif isinstance(child, ConvNormAct):
+            setattr(module, name, _lower_act(child.conv, child, runtime))
+        else:
+            _lower_children(child, runtime)
+
+
+class LoweredBottleneck(nn.Module):
+    """A mixed bottleneck whose channels are padded to whole blocks."""
+
+    def __init__(self, block: MixedBottleneck, runtime: str):
+        super().__init__()
+        self.residual = block.residual
+        expand, project = block.expand.conv, block.project.conv
+        chs = _whole_blocks(expand.out_channels)
+        self.expand = _lower_act(_padded(expand, expand.in_channels, chs), block.expand, runtime)
+        conv_dw, = (module for module in block.conv_dw.modules() if isinstance(module, nn.Conv2d))
+        self.conv_dw = _padded(conv_dw, chs, chs)
+        self.gates = LoweredGates(block.attn, chs, runtime)
+        self.project = _padded(project, chs, project.out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv_dw(self.expand(x))
+        for gate in self.gates.factors(y):
+            y = y * gate
+        y = self.project(y)
+        return y + x if self.residual else y
+
+
+class LoweredGates(nn.Module):
+    """The gates of a coordinate attention, each from pool to product in the form its runtime keeps in its layout.
+
+    Args:
+        attn: The attention, reparameterised.
+        chs: Channels of the map, padding included.
+        runtime: One of `RUNTIMES`.
+        strips: Convolutions that take the place of the average pools over rows and columns.
+    """
+
+    def __init__(self, attn: StripGates, chs: int, runtime: str, strips: Sequence[nn.Conv2d] | None = None):
+        super().__init__()
+        # ONNX Runtime fuses the hard-swish into a convolution right before it, and leaves its layout for a broadcast
+        # but not for a Resize; for OpenVINO broadcasts are free, and pooling costs less behind the convolution.
+        self.resize = runtime == 'onnxruntime'
+        self.pool_first = self.resize or strips is not None
+        self.strips = nn.ModuleList(strips) if strips is not None else None
+        rd_chs = _whole_blocks(attn.conv1.out_channels) if self.resize else attn.conv1.out_channels
+        self.conv1 = _padded(attn.conv1, chs, rd_chs)
+        self.act = attn.act
+        self.conv_h = _padded(attn.conv_h, rd_chs, chs)
+        self.conv_w = _padded(attn.conv_w, rd_chs, chs)
+
+    def factors(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The gates (B, C, H, 1) and (B, C, 1, W), for ONNX Runtime both as (B, C, H, W)."""
+        height, width = int(x.shape[2]), int(x.shape[3])  # while tracing they are tensors
+        if not self.pool_first:
+            x = self.conv1(x)
+        if self.strips is not None:
+            pooled = [strip(x) for strip in self.strips]
+        else:
+            pooled = [F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))]
+        if self.pool_first:
+            pooled = [self.conv1(strip) for strip in pooled]
+        gate_h, gate_w = (
+            conv(self.act(strip)).sigmoid() for conv, strip in zip((self.conv_h, self.conv_w), pooled, strict=True))
+        if self.resize:
+            gate_h = F.interpolate(gate_h, scale_factor=(1., float(width)), mode='nearest')
+            gate_w = F.interpolate(gate_w, scale_factor=(float(height), 1.), mode='nearest')
+        return [gate_h, gate_w]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_h, gate_w = self.factors(x)
+        return gate_h * gate_w
+
+
+class ReluPReLU(nn.Module):
+    """A convolution and PReLU, the latter as ReLU plus a 1x1 depthwise convolution of the same input.
+
+    PReLU(y) = (1 - a) ReLU(y) + a y. The factor of the ReLU moves into the convolution before it, unless a slope a of
+    (nearly) 1 or more forbids that.
+    """
+
+    def __init__(self, conv: nn.Conv2d, slopes: torch.Tensor):
+        super().__init__()
+        chs = conv.out_channels
+        self.conv = _padded(conv, conv.in_channels, chs)
+        self.linear = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
+        self.gain: nn.Conv2d | None = None
+        if bool((slopes < 0.99).all()):
+            self.conv.weight.mul_((1 - slopes).view(-1, 1, 1, 1))
+            self.conv.bias.mul_(1 - slopes)  # type: ignore[union-attr]  # _padded gives one
+            slopes = slopes / (1 - slopes)
+        else:
+            self.gain = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
+            self.gain.weight.copy_((1 - slopes).view(-1, 1, 1, 1))
+        self.linear.weight.copy_(slopes.view(-1, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        positive = F.relu(x)
+        return self.linear(x) + (positive if self.gain is None else self.gain(positive))
+
+
+class PooledMap(nn.Module):
+    """What is left of the Spatial Bias head: 1x1 convolution, ReLU, average pool to 2x2, all in one row."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = int(x.shape[2]), int(x.shape[3])
+        x = F.relu(self.conv(x))
+        return F.avg_pool2d(x, ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2)).flatten(1)
+
+
+def _lower_act(conv: nn.Conv2d, layer: ConvNormAct, runtime: str) -> nn.Module:
+    act = getattr(layer, 'act', None)
+    if act is None:
+        return conv
+    slopes = F.pad(act.weight, (0, conv.out_channels - act.weight.numel()))
+    if runtime == 'onnxruntime':
+        return ReluPReLU(conv, slopes)
+    prelu = nn.PReLU(conv.out_channels)
+    prelu.weight.copy_(slopes)
+    return nn.Sequential(conv, prelu)
+
+
+def _lower_spatial_bias(model: MixedFeatureNet, head: SpatialBiasHead) -> None:
+    """Write what follows the pool of Spatial Bias, which is linear, and the classifier as one linear layer."""
+    entries = 4 * head.reduce.conv.out_channels
+    probes = torch.cat([torch.eye(entries), torch.zeros(1, entries)]).view(entries + 1, -1, 2, 2)
+    outputs = model.fc(head.conv(probes.flatten(2).transpose(1, 2)).transpose(1, 2).flatten(1))
+    linear = nn.Linear(entries, outputs.shape[1])
+    linear.weight.copy_((outputs[:-1] - outputs[-1]).T)
+    linear.bias.copy_(outputs[-1])
+    model.head = PooledMap(head.reduce.conv)
+    model.fc = linear
+
+
+def _whole_blocks(chs: int) -> int:
+    return -(-chs // BLOCK) * BLOCK
+
+
+def _padded(conv: nn.Conv2d, in_chs: int, out_chs: int) -> nn.Conv2d:
+    """A copy of a convolution with zeros for additional channels, and always with a bias."""
+    out = nn.Conv2d(
+        in_chs, out_chs, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+        groups=out_chs if conv.groups > 1 else 1)
+    assert out.bias is not None
+    out.weight.zero_()
+    out.weight[:conv.out_channels, :conv.weight.shape[1]] = conv.weight
+    out.bias.zero_()
+    if conv.bias is not None:
+        out.bias[:conv.out_channels] = conv.bias
+    return out
