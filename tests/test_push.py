@@ -188,7 +188,7 @@ def test_altered_embedded_weights_are_not_published(no_network, monkeypatch, tmp
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['nonsense', '--repo-id', 'a/b'], 'nonsense is neither a folder nor the name of embedded weights (lfnsb.ferplus'),
+    (['nonsense', '--repo-id', 'a/b'], 'nonsense is neither a folder nor the name of embedded weights ('),
     (['nonsense'], 'nonsense needs a repository to go to'),
     ([NAME, '--repo-id', 'lfnsb'], "'lfnsb' is no name of a Hub repository"),
     ([NAME, '--repo-id', 'a/b/c'], "'a/b/c' is no name of a Hub repository"),

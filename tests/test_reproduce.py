@@ -349,7 +349,9 @@ def test_a_folder_in_use_is_refused(fake):
 @pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGKILL])
 def test_stopped_from_outside(sent, fake, tmp_path, data, recipe):
     """Ctrl-C ends the training too; after a kill it lives on, and nobody else may train in its folder meanwhile."""
-    code = ('import sys; from timm_lfnsb import reproduce as r; plain = r.Run.command; '
+    # Processes started in the background inherit that SIGINT is ignored.
+    code = ('import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); '
+            'from timm_lfnsb import reproduce as r; plain = r.Run.command; '
             'r.Run.command = lambda self, resume=False: plain(self, resume)[3:]; '
             'from timm_lfnsb.cli import main; main(sys.argv[1:])')
     arguments = ['reproduce', 'figure6', '--data-dir', data, '--recipe', recipe, '--out', fake.out, '--script',
@@ -709,7 +711,8 @@ def test_show_refuses_other_files(tmp_path):
 
 
 def test_committed_results_render():
-    for path in logic.RESULTS_DIR.glob('*.json'):
+    assert logic.committed_results()
+    for path in logic.committed_results():
         assert results_markdown(path).startswith('### ')
 
 

@@ -859,6 +859,11 @@ def format_results(results: Mapping[str, Any]) -> str:
     return '\n'.join([results['title'], '', *lines, '', _caption(results)])
 
 
+def committed_results() -> list[Path]:
+    """Files in `RESULTS_DIR` that hold an experiment, not a benchmark."""
+    return sorted(path for path in RESULTS_DIR.glob('*.json') if path.name.startswith(tuple(EXPERIMENTS)))
+
+
 def results_markdown(results: Mapping[str, Any] | Path | str) -> str:
     """The results as a Markdown section: heading, table, and what it was made with.
 

@@ -91,8 +91,8 @@ for _name, _summary in EXPERIMENTS.items():
 @click.argument('files', nargs=-1, type=click.Path(dir_okay=False, path_type=Path))
 def show(files: tuple[Path, ...]) -> None:
     """Print result FILES as Markdown; without any, those that come with the package."""
-    from ..reproduce import RESULTS_DIR, ReproduceError, results_markdown
-    paths = list(files) or sorted(RESULTS_DIR.glob('*.json'))
+    from ..reproduce import ReproduceError, committed_results, results_markdown
+    paths = list(files) or committed_results()
     if not paths:
         raise click.ClickException('this package holds no results yet: name the JSON files of your own.')
     try:
