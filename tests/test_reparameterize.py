@@ -12,7 +12,8 @@ from conftest import golden_networks, rule_input, rule_weights
 from timm.layers import create_attn
 from timm.models import reparameterize_model
 
-from timm_lfnsb.layers import CoordAttn, PReLU, fold_norm
+from timm_lfnsb.layers import CoordAttn, PReLU, fold_norm, pointwise
+from timm_lfnsb.networks import FusedBottleneck
 
 MODELS = ['lfnsb', 'lfn_small', 'mfn', 'ddamfn', 'mobilefacenet']
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -92,6 +93,45 @@ def test_fused_networks_compile_trace_and_run_in_half_precision(name):
         assert half(x.bfloat16()).isfinite().all()
 
 
+def test_large_batches_go_through_in_parts(monkeypatch):
+    fused = reparameterize_model(randomised('lfnsb').eval())
+    whole, parts = [], []
+    forward_part = FusedBottleneck.forward_part
+    for sizes, limit in ((whole, 10 ** 12), (parts, 600_000)):  # the widest maps of an image have 1.2 MB and less
+        monkeypatch.setattr(FusedBottleneck, 'part_bytes', limit)
+        monkeypatch.setattr(
+            FusedBottleneck, 'forward_part', lambda self, x, sizes=sizes: sizes.append(len(x)) or forward_part(self, x))
+        x = torch.randn(5, 3, 112, 112, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        sizes.extend([fused(x).logsumexp(1).sum(), x])
+        sizes[-2].backward()
+    assert set(whole[:-2]) == {5}
+    assert {1, 5} <= set(parts[:-2]) and sum(parts[:-2]) == sum(whole[:-2])
+    torch.testing.assert_close(parts[-2], whole[-2])
+    torch.testing.assert_close(parts[-1].grad, whole[-1].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize('size', [3, 40])
+def test_pointwise_is_a_convolution_of_few_and_of_many_positions(size, memory_format):
+    x = torch.randn(2, 5, size, size).to(memory_format=memory_format)
+    weight, bias = torch.randn(7, 5, 1, 1), torch.randn(7)
+    expected = torch.einsum('oi,bihw->bohw', weight[:, :, 0, 0], x) + bias.view(-1, 1, 1)
+    torch.testing.assert_close(pointwise(x, weight, bias), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['lfnsb', 'mfn'])
+def test_gradients_go_through_a_fused_network(name):
+    """For saliency maps, say."""
+    model = randomised(name).eval()
+    x = torch.randn(2, 3, 112, 112)
+    grads = []
+    for network in (model, reparameterize_model(model)):
+        image = x.clone().requires_grad_()
+        network(image)[:, 0].sum().backward()
+        grads.append(image.grad)
+    assert relative(grads[1], grads[0]) < 1e-4
+
+
 def test_without_classifier_and_as_a_feature_extractor():
     x = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
@@ -127,6 +167,33 @@ def test_coordinate_attention_is_timms(training):
                         *(buffer.float() for buffer in module.buffers())])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('layer', [PReLU(3), CoordAttn(3, 2)], ids=['prelu', 'attention'])
+def test_second_derivatives(layer, training):
+    """Of gradient penalties and of optimizers that use the Hessian; gradients computed in place would spoil them."""
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double().train(training)
+    parameters = list(layer.parameters())
+    for parameter in parameters:
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.double, requires_grad=True)
+
+    def gradients(x: torch.Tensor) -> list[torch.Tensor]:
+        return torch.autograd.grad(layer(x).square().sum(), [x, *parameters], create_graph=True)
+
+    direction = torch.randn_like(x)
+    penalty = sum((gradient * (i + 1)).sum() for i, gradient in enumerate(gradients(x)))
+    second, = torch.autograd.grad(penalty, x)
+    step = 1e-6
+    high, low = (
+        sum((gradient * (i + 1)).sum() for i, gradient in enumerate(gradients(x + sign * step * direction)))
+        for sign in (1, -1))
+    assert (second * direction).sum().item() == pytest.approx((high - low).item() / (2 * step), rel=1e-5)
+    loss = layer(x).square().sum()
+    hvp = torch.autograd.functional.hvp(lambda x: layer(x).square().sum(), x.detach(), direction)[1]
+    assert loss.isfinite() and hvp.abs().max() > 0
 
 
 def test_prelu_gradient_against_the_formula():
