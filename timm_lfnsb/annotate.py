@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from .faces import ImageInput, read_image
+from .files import replacing
 
 if TYPE_CHECKING:
     from .recognizer import Face
@@ -127,12 +127,8 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         OSError: When it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f'.partial-{os.getpid()}.png'
-    try:
-        picture.save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, 'PNG')
 
 
 def _line(font_size: int) -> int:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from . import hub
 from .figures import confusion_figure, reliability_figure
+from .files import replacing, write_json
 from .labels import match_labels, model_label_names
 from .version import __version__
 
@@ -423,13 +422,13 @@ def evaluate_folder(
         'preprocessing': {key: value for key, value in data_config.items() if key != 'input_size'},
     }
     _write_predictions(out_dir / 'predictions.csv', predictions)
-    with _replacing(out_dir / 'confusion.png') as path:
+    with replacing(out_dir / 'confusion.png') as path:
         confusion_figure(metrics['confusion'], metrics['label_names']).savefig(path, format='png')
-    with _replacing(out_dir / 'reliability.png') as path:
+    with replacing(out_dir / 'reliability.png') as path:
         reliability_figure(metrics['calibration'], metrics['ece']).savefig(path, format='png')
     if comparison is not None:
-        _write_json(out_dir / 'compare.json', comparison)
-    _write_json(out_dir / 'metrics.json', metrics)
+        write_json(out_dir / 'compare.json', comparison)
+    write_json(out_dir / 'metrics.json', metrics)
     return metrics, comparison
 
 
@@ -474,25 +473,9 @@ def _data_checksum(data_dir: str | Path) -> str | None:
         raise EvaluationError(f'{path} is not the JSON object it should be: make the data folder anew.') from error
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, and rename it to `path` once everything is written."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + '\n', encoding='utf-8')
-
-
 def _write_predictions(path: Path, predictions: Predictions) -> None:
     names = predictions.label_names
-    with _replacing(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+    with replacing(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(['file', 'label', 'prediction', *names])
         for image, label, predicted, row in zip(

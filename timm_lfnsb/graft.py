@@ -1,8 +1,6 @@
 """Start one network from another's backbone: LFN and LFNSB are the same up to the head."""
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import timm
@@ -10,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from .evaluate import load_model
+from .files import replacing
 
 
 def graft(model: str, donor: str, out: Path, seed: int = 0) -> tuple[int, list[str]]:
@@ -42,13 +41,6 @@ def graft(model: str, donor: str, out: Path, seed: int = 0) -> tuple[int, list[s
             'first): only networks with the same one can lend it, such as lfn_small and lfnsb.')
     state.update({key: taken[key] for key in names})
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f'.{out.name}.')
-    os.close(handle)
-    try:
+    with replacing(out) as temporary:
         save_file(state, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     return len(names), [key for key in state if key not in names]

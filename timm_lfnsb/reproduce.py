@@ -43,6 +43,7 @@ import yaml
 from .count import count_model
 from .evaluate import evaluate_folder
 from .figures import confusion_figure, loss_curves_figure
+from .files import replacing, write_json
 from .folds import FOLD_METHOD, LabelledFile, choose_subset, list_images, write_folds, write_subset
 from .launch import find_script
 from .loss import VARIANTS
@@ -489,16 +490,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ReproduceError(f'{path} is damaged: remove the folder it lies in to run that part again.') from None
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in settings.items() if key != 'recipe'}
     return flat | {f'recipe {key}': value for key, value in settings.get('recipe', {}).items()}
@@ -548,7 +539,7 @@ def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[s
                     processes.stop()  # where all is well, none is left
         finally:
             results = collect(plan)
-            _write_json(plan.out / f'{plan.name}.json', results)
+            write_json(plan.out / f'{plan.name}.json', results)
     draw(plan.out / f'{plan.name}.png', results)
     return results, [failures[run.title] for run in plan.runs if run.title in failures]
 
@@ -596,7 +587,7 @@ class _Processes:
             report(f'{run.title}: {how}, log in {log}')
             if not done:
                 shutil.rmtree(run.folder / 'train', ignore_errors=True)
-                _write_json(run.folder / 'settings.json', run.settings)
+                write_json(run.folder / 'settings.json', run.settings)
             with open(log, 'ab') as file:
                 process = subprocess.Popen(
                     [sys.executable, *run.command(resume=done > 0)], stdin=subprocess.DEVNULL, stdout=file,
@@ -628,7 +619,7 @@ def _finish(run: Run, done: int, code: int, seconds: float) -> None:
         raise ReproduceError(f'train.py ended with {code}, see {log}; {_tail(log)}')
     if (reached := run.epochs_done()) < total:  # timm's script ends with 0 after an interrupt
         raise ReproduceError(f'train.py ended after epoch {reached} of {total}, see {log}; {_tail(log)}')
-    _write_json(run.folder / 'trained.json', {
+    write_json(run.folder / 'trained.json', {
         'epochs': total,
         'resumed_after_epoch': done or None,
         'seconds': seconds,  # since it was resumed
@@ -663,7 +654,7 @@ def _measure(run: Run) -> dict[str, Any]:
     packed = run.folder / f'packed-{run.plan.checkpoint}'
     shutil.rmtree(packed, ignore_errors=True)
     info = pack(run.chosen_checkpoint(), packed)
-    _write_json(run.report / 'checkpoint.json', {'epoch': int(info['epoch']) + 1, 'ema': info['ema']})
+    write_json(run.report / 'checkpoint.json', {'epoch': int(info['epoch']) + 1, 'ema': info['ema']})
     data_dir = run.data_dir if run.row.fold is not None else run.plan.data_dir
     metrics, _ = evaluate_folder(
         f'local-dir:{packed}', data_dir, run.report, split=run.plan.measured_split, workers=0, progress=False)
@@ -777,12 +768,8 @@ def draw(path: Path, results: Mapping[str, Any]) -> bool:
         figure = loss_curves_figure({row['name']: [seed['curve'] for seed in row['seeds']] for row in rows})
     else:
         figure = confusion_figure(rows[0]['seeds'][0]['confusion'], results['label_names'])
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format='png')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 
