@@ -22,9 +22,11 @@ import timm
 import torch
 from click.testing import CliRunner
 
-from timm_lfnsb import bench, bench_report
+from timm_lfnsb import bench, bench_floor, bench_report
 from timm_lfnsb.bench import BenchError, Settings, Spec, Subject
 from timm_lfnsb.cli import main
+from timm_lfnsb.export import export_model
+from timm_lfnsb.layers import CoordAttn
 
 SMALL = 'mobilefacenet@32'
 TINY = 'test_resnet@32'  # one of timm's own small models for tests
@@ -188,6 +190,58 @@ def test_unoptimised_form_computes_the_same(name):
         assert torch.allclose(slow(images), network.plain(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['lfnsb', 'mfn', 'mobilefacenet'])
+def test_floors_are_the_network_without_attention_and_prelu(name):
+    network = bench.create_network(Spec(name, 64), floor_too=True)
+    assert list(network.forms) == ['reparameterised', 'convolutions']
+    images = torch.randn(2, 3, 64, 64)
+    # The plain network, with hooks that undo what attention and PReLU do.
+    expected = copy.deepcopy(network.plain)
+    for module in expected.modules():
+        if isinstance(module, torch.nn.PReLU | CoordAttn):
+            module.register_forward_hook(lambda module, inputs, output: inputs[0])
+    floors = [
+        network.forms['convolutions'], bench_floor.bare_graph(network.plain),
+        bench_floor.bare_training(network.plain).eval()]
+    with torch.inference_mode():
+        logits = expected(images)
+        for floor in floors:
+            kinds = {type(module).__name__ for module in floor.modules()}
+            assert not kinds & {'PReLU', 'ReluPReLU', 'LoweredGates'}
+            assert (floor(images) - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert np.isfinite(bench.training_step(floors[2], images)().item())
+
+
+@needs_runtimes
+def test_floor_and_profile_in_the_report():
+    report = bench.run_benchmark(short(
+        models=['lfnsb@48'], peers=[], runtimes=['eager', 'onnxruntime', 'openvino'], train=True, train_batch=2,
+        floor=True, profile=True))
+    rows = {(row['task'], row['runtime'], row['form']): row for row in report['results'] if row['best']}
+    assert [key[2] for key in rows] == 3 * ['reparameterised', 'convolutions'] + ['plain', 'convolutions']
+    for (task, runtime, form), row in rows.items():
+        assert 'error' not in row
+        if form == 'convolutions':
+            assert 'difference' not in row and 'profile' not in row
+            continue
+        assert sum(entry['share'] for entry in row['profile']) == pytest.approx(1)
+        calls = {entry['operator']: entry['calls'] for entry in row['profile']}
+        # 34 blocks: two pools of each attention, and that of Spatial Bias
+        if (task, runtime) == ('predict', 'onnxruntime'):
+            assert calls['Conv'] > 100 and calls['AveragePool'] == 2 * 34 + 1
+        elif (task, runtime) == ('predict', 'openvino'):
+            assert calls['AvgPool'] == 2 * 34 + 1 and 'PRelu' not in calls  # fused
+        elif task == 'train':
+            assert calls['aten::convolution_backward'] == 220
+    text = bench_report.format_report(report)
+    assert text.count('where the time goes: lfnsb@48') == 4
+    assert 'which is another function' in ' '.join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+    markdown = bench_report.format_markdown(report)
+    assert '| `lfnsb@48`, convolutions |' in markdown and '| where the time goes |' in markdown
+    assert 'which is another function' in markdown
+
+
 def test_a_training_step_trains_network_and_centers():
     model = timm.create_model('mobilefacenet', img_size=32)
     before = copy.deepcopy(model.state_dict())
@@ -253,6 +307,25 @@ def test_what_computes_something_else_is_not_timed(monkeypatch):
     assert all('ms_per_image' in row for row in right)
     text = bench_report.format_report(report)
     assert text.count('outputs differ') == 2 and 'failed (1)' in text
+
+
+@needs_runtimes
+def test_a_file_of_pixels_has_a_profile(tmp_path, monkeypatch):
+    model = bench.create_network(Spec('mobilefacenet', 32)).plain
+    file = tmp_path / 'pixels.onnx'
+    export_model(model, file, with_preprocess=True)
+    settings = short(models=[str(file)], peers=[], runtimes=['onnxruntime'], profile=True)
+    [row] = bench.run_benchmark(settings)['results']
+    assert 'Conv' in [entry['operator'] for entry in row['profile']]
+
+    def broken(*_):
+        raise RuntimeError('no profiler here')
+
+    monkeypatch.setattr(bench.bench_profile, 'profile_onnxruntime', broken)
+    said = []
+    [row] = bench.run_benchmark(settings, progress=said.append)['results']
+    assert 'ms_per_image' in row and 'profile' not in row
+    assert 'no profile of pixels.onnx: no profiler here' in said[-1]
 
 
 @needs_runtimes

@@ -9,7 +9,8 @@ How it measures, since all of this changes the figures:
 * Rounds go on until each network had its time, and up to three times as long where the rounds differ by much.
 * A matrix product runs in the same rounds: the arithmetic the machine can do in that moment. GFLOP/s of a network
   count two operations for each multiply-accumulate of its plain form, whatever form is measured.
-* Everything that is timed must give the outputs of the plain network in eager mode, or it is reported as failed.
+* Everything that is timed must give the outputs of the plain network in eager mode, or it is reported as failed. The
+  floors of `timm_lfnsb.bench_floor` compute something else by design.
 * Weights do not matter for speed, as long as activations have their usual size: networks without weights get batch
   norm statistics that see to it. Peers have 8 classes.
 * Cold start and peak memory are those of fresh processes, the cold start from the start of the process. For an exported
@@ -42,6 +43,7 @@ import timm
 import torch
 from torch import nn
 
+from . import bench_profile
 from .embedded import embedded_weights, weights_info
 from .networks import MixedFeatureNet
 from .runtimes import ExportedModel, RuntimeFileError
@@ -144,6 +146,7 @@ class Subject:
     Attributes:
         run: One call.
         row: Its entry in the report.
+        feed: What an exported file is given.
         calls: Timed calls of a round.
         rounds: Median seconds of a call, round by round.
         fastest: Seconds of the fastest call.
@@ -154,21 +157,25 @@ class Subject:
     calls: int = 1
     rounds: list[float] = field(default_factory=list)
     fastest: float = math.inf
+    feed: np.ndarray | None = None
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
-def create_network(spec: Spec, plain_too: bool = False, unoptimised_too: bool = False) -> Network:
+def create_network(
+        spec: Spec, plain_too: bool = False, unoptimised_too: bool = False, floor_too: bool = False) -> Network:
     """Create a model, with weights where they are at hand, and its forms.
 
     Args:
         spec: Which model.
         plain_too: Measure it without reparameterisation as well.
         unoptimised_too: Measure a network of this zoo as `unoptimise` returns it as well.
+        floor_too: Measure the floor of a network of this zoo as well, see `timm_lfnsb.bench_floor`.
 
     Raises:
         BenchError: When there is no such model, or it cannot be made at that size.
     """
+    from .bench_floor import bare_network
     from .count import count_model
 
     located = spec.name.startswith(('local-dir:', 'hf-hub:'))
@@ -216,6 +223,8 @@ def create_network(spec: Spec, plain_too: bool = False, unoptimised_too: bool = 
         network.forms['plain'] = model
     if unoptimised_too and isinstance(model, MixedFeatureNet):
         network.forms['unoptimised'] = unoptimise(model)
+    if floor_too and isinstance(model, MixedFeatureNet):
+        network.forms['convolutions'] = bare_network(model)
     return network
 
 
@@ -252,7 +261,8 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
 
     Without this a deep untrained network may end in denormal numbers, which are slow. Means stay zero and variances
     become mean squares: few images, alike as random ones are, would have differences too small to divide by. Scales
-    that timm starts at zero become one: a runtime could leave out what is multiplied by zero.
+    that timm starts at zero become one: a runtime could leave out what is multiplied by zero. Slopes of PReLU become
+    different: exporters share tensors that are equal, and OpenVINO does not fuse a PReLU whose slopes are shared.
 
     Args:
         model: In eval mode.
@@ -265,6 +275,8 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
 
     hooks = []
     for module in model.modules():
+        if isinstance(module, nn.PReLU):
+            module.weight.uniform_(0.2, 0.3)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             hooks.append(module.register_forward_pre_hook(settle))
             if module.affine:
@@ -279,7 +291,7 @@ def export_network(network: Network, form: str, runtime: str, images: torch.Tens
 
     Args:
         network: What to write.
-        form: 'reparameterised' for the file of `timm-lfnsb export`, any other for that form as it is.
+        form: 'reparameterised' for the file of `timm-lfnsb export`, 'convolutions' for its floor, any other as it is.
         runtime: One of `EXPORTED`.
         images: Batch (B, C, H, W).
         path: File with the suffix of the runtime.
@@ -288,12 +300,16 @@ def export_network(network: Network, form: str, runtime: str, images: torch.Tens
         from .export import export_model
         export_model(network.plain, path, batch=len(images))
         return
+    if form == 'convolutions':
+        from .bench_floor import bare_graph
+        model = bare_graph(network.plain)  # type: ignore[arg-type]
+    else:
+        model = copy.deepcopy(network.forms[form])
     onnx_file = path.with_suffix('.onnx')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(
-            copy.deepcopy(network.forms[form]), (images,), str(onnx_file), input_names=['input'],
-            output_names=['output'], dynamo=False)
+            model, (images,), str(onnx_file), input_names=['input'], output_names=['output'], dynamo=False)
     if runtime == 'openvino':
         import openvino
         openvino.save_model(openvino.convert_model(onnx_file), path, compress_to_fp16=False)
@@ -434,7 +450,7 @@ def summarise(subjects: Sequence[Subject], matmul: Subject, macs: dict[str, int]
             ms_per_image={'median': median, 'q1': low, 'q3': high, 'min': 1000 * subject.fastest / batch},
             images_per_second=1000 / median, rounds=count, calls=subject.calls, noisy=_spread(times) > NOISY,
             matmul_gflops=rate)
-        if row['task'] == 'predict':
+        if row['task'] == 'predict' and row['form'] != 'convolutions':
             row['gflops'] = 2 * macs[row['model']] / median / 1e6
 
     def fastest_first(subject: Subject) -> float:
@@ -468,6 +484,8 @@ class Settings:
         threads: Threads of every runtime, None for torch's choice.
         plain: Measure the networks without reparameterisation as well.
         unoptimised: Measure the networks from textbook parts as well, see `unoptimise`.
+        floor: Measure what their convolutions take alone as well, see `timm_lfnsb.bench_floor`.
+        profile: Add where the time of the best rows goes, operator by operator.
         memory_formats: Some of `MEMORY_FORMATS`, for eager and compiled; the better one is shown.
         train: Time training steps as well, eager and compiled where `runtimes` names them.
         train_batch: Images of a training step.
@@ -485,6 +503,8 @@ class Settings:
     threads: int | None = None
     plain: bool = False
     unoptimised: bool = False
+    floor: bool = False
+    profile: bool = False
     memory_formats: Sequence[str] = tuple(MEMORY_FORMATS)
     train: bool = False
     train_batch: int = 32
@@ -616,12 +636,14 @@ class _Run:
     def create(self, specs: Sequence[Spec]) -> None:
         self.progress('create: ' + ', '.join(spec.label for spec in specs))
         for spec in specs:
-            network = create_network(spec, self.settings.plain, self.settings.unoptimised)
+            network = create_network(spec, self.settings.plain, self.settings.unoptimised, self.settings.floor)
             self.networks.append(network)
             self.report['models'][spec.label] = network.info
 
     def measure_group(self, task: str, runtime: str, batch: int) -> None:
         """Time all networks in one runtime at one batch size."""
+        from .bench_floor import bare_training
+
         self.progress(group_name(task, runtime, batch))
         if runtime == 'compiled':
             torch.compiler.reset()
@@ -632,6 +654,8 @@ class _Run:
             forms = network.forms
             if task == 'train':  # what is reparameterised does not train
                 forms = {'plain': network.plain, **{k: v for k, v in forms.items() if k == 'unoptimised'}}
+                if 'convolutions' in network.forms:
+                    forms['convolutions'] = bare_training(network.plain)  # type: ignore[arg-type]
             for form, model in forms.items():
                 for memory_format in [None] if runtime in EXPORTED else self.settings.memory_formats:
                     row: dict[str, Any] = {
@@ -640,7 +664,7 @@ class _Run:
                     }
                     self.report['results'].append(row)
                     try:
-                        subjects.append(Subject(self._prepare(network, model, row), row))
+                        subjects.append(self._prepare(network, model, row))
                     except Exception as error:  # exporters, compilers and runtimes raise types of their own
                         row['error'] = one_line(error).replace(f'{self.folder}{os.sep}', '')
                         self.progress(f'  {network.spec.label} failed: {row["error"]}')
@@ -652,9 +676,27 @@ class _Run:
             macs = {network.spec.label: network.info['macs'] for network in self.networks}
             summarise(subjects, matmul, macs, self.peer)
         self.save(self.report)
+        if self.settings.profile:
+            for subject in subjects:
+                if subject.row['best'] and subject.row['form'] not in ('unoptimised', 'convolutions'):
+                    try:
+                        subject.row['profile'] = self._profile(subject)
+                    except Exception as error:  # as above; the times stay
+                        self.progress(f'  no profile of {subject.row["model"]}: {one_line(error)}')
+            self.save(self.report)
 
-    def _prepare(self, network: Network, model: nn.Module, row: dict[str, Any]) -> Callable[[], Any]:
-        """The call to time, which has run once and given the right outputs."""
+    def _profile(self, subject: Subject) -> bench_profile.Profile:
+        row = subject.row
+        if subject.feed is None:
+            return bench_profile.profile_torch(subject.run, self.settings.device)
+        network = next(network for network in self.networks if network.spec.label == row['model'])
+        profile = {
+            'onnxruntime': bench_profile.profile_onnxruntime, 'openvino': bench_profile.profile_openvino,
+        }[row['runtime']]
+        return profile(self._file(network, row, torch.empty(0)), subject.feed, self.threads)
+
+    def _prepare(self, network: Network, model: nn.Module, row: dict[str, Any]) -> Subject:
+        """What to time: a call that has run once and given the right outputs."""
         settings = self.settings
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(row['batch'], *network.input_size, generator=generator)
@@ -663,11 +705,13 @@ class _Run:
             if exported.metadata.get('input') == 'uint8':
                 pixels = np.random.default_rng(0).integers(
                     0, 256, (row['batch'], *network.input_size[1:], network.input_size[0]), np.uint8)
-                return lambda: exported(pixels)
+                return Subject(lambda: exported(pixels), row, feed=pixels)
             array = images.numpy()
-            # A file may be quantised: it is what it is.
-            row['difference'] = self._difference(network, images, exported(array), enforce=network.spec.file is None)
-            return lambda: exported(array)
+            if row['form'] != 'convolutions':
+                # A file may be quantised: it is what it is.
+                row['difference'] = self._difference(
+                    network, images, exported(array), enforce=network.spec.file is None)
+            return Subject(lambda: exported(array), row, feed=array)
 
         memory_format = getattr(torch, MEMORY_FORMATS[row['memory_format']])
         model = copy.deepcopy(model).to(settings.device).to(memory_format=memory_format)
@@ -690,9 +734,9 @@ class _Run:
         if row['task'] == 'train':
             if not math.isfinite(output.item()):
                 raise BenchError('the loss is not finite.')
-        else:
+        elif row['form'] != 'convolutions':
             row['difference'] = self._difference(network, images, output.float().cpu().numpy())
-        return run
+        return Subject(run, row)
 
     def _file(self, network: Network, row: dict[str, Any], images: torch.Tensor) -> Path:
         if network.spec.file:
@@ -738,7 +782,7 @@ class _Run:
         self.save(self.report)
 
         rows = [row for row in self.report['results']
-                if row['task'] == 'predict' and row['best'] and row['form'] != 'unoptimised']
+                if row['task'] == 'predict' and row['best'] and row['form'] not in ('unoptimised', 'convolutions')]
         first_batch = settings.batches[0]
         starts: dict[int, list[dict[str, float]]] = {}
         for number in range(settings.cold_starts):

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench import NOISY, RUNTIMES, BenchError, group_name
+from .files import replacing, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,13 +19,7 @@ WIDTH = 100
 
 def save_report(report: dict[str, Any], path: str | Path) -> None:
     """Write the report as JSON, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(Path(path), report)
 
 
 def load_report(path: str | Path) -> dict[str, Any]:
@@ -62,7 +56,8 @@ _LAYOUTS = {None: '', 'contiguous': 'NCHW', 'channels_last': 'NHWC'}
 
 
 def _form(row: dict[str, Any]) -> str:
-    return {'reparameterised': 'repar.', 'unoptimised': 'unopt.'}.get(row['form'], _shorten(row['form'], 6))
+    known = {'reparameterised': 'repar.', 'unoptimised': 'unopt.', 'convolutions': 'convs'}
+    return known.get(row['form'], _shorten(row['form'], 6))
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -103,6 +98,10 @@ def format_report(report: dict[str, Any]) -> str:
         seconds = [f'{row["model"]} {row["compile_seconds"]:.0f} s' for row in rows if 'compile_seconds' in row]
         if seconds:
             lines += textwrap.wrap(f'compiled in: {", ".join(seconds)}', WIDTH)
+    for row in _profiled(report):
+        name = group_name(row['task'], row['runtime'], row['batch'])
+        lines += ['', *textwrap.wrap(f'where the time goes: {row["model"]}, {row["form"]}, {name}', WIDTH)]
+        lines += textwrap.wrap(_profile_line(row), WIDTH, initial_indent='  ', subsequent_indent='  ')
     cold = [row for rows in groups(report).values() for row in rows if 'cold_start' in row]
     if cold:
         lines += ['', f'cold start, batch {cold[0]["batch"]}, seconds (median of fresh processes)']
@@ -127,6 +126,8 @@ def format_report(report: dict[str, Any]) -> str:
         (f'ratio: time relative to {peer}, round by round; ' if peer else '') +
         'GFLOP/s: two for each multiply-accumulate; share: GFLOP/s relative to the matrix product of torch (a runtime '
         'can be ahead of it); MB: peak memory of a fresh process.']
+    if any(row['form'] == 'convolutions' for row in report['results']):
+        notes.append(f'convs: {FLOOR_NOTE}')
     if noisy:
         notes.append(f'~ The quartiles lie more than {NOISY:.0%} of the median apart: something else ran meanwhile.')
     cores, load = report['machine']['cores'], report['load'][0]
@@ -139,6 +140,28 @@ def format_report(report: dict[str, Any]) -> str:
     for note in notes:
         lines += textwrap.wrap(note, WIDTH)
     return '\n'.join(lines)
+
+
+FLOOR_NOTE = (
+    'the network without PReLU and the attention of its blocks, which is another function: a floor for what the '
+    'convolutions of this runtime can give.')
+
+PROFILE_SHARE = 0.02
+"""Least share of an operator that is shown by its name."""
+
+
+def _profiled(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for rows in groups(report).values() for row in rows if row.get('profile')]
+
+
+def _profile_line(row: dict[str, Any]) -> str:
+    """The largest shares of a profile, with the number of calls."""
+    entries = [entry for entry in row['profile'] if entry['share'] >= PROFILE_SHARE]
+    parts = [
+        f'{entry["operator"].removeprefix("aten::")} {entry["share"]:.0%} ({entry["calls"]:.0f})' for entry in entries]
+    if len(entries) < len(row['profile']):
+        parts.append(f'others {1 - sum(entry["share"] for entry in entries):.0%}')
+    return ', '.join(parts)
 
 
 def format_markdown(report: dict[str, Any]) -> str:
@@ -175,6 +198,15 @@ def format_markdown(report: dict[str, Any]) -> str:
         if columns:
             lines += [*table(columns, speed), '']
     lines[-1:] = ['', 'Milliseconds an image' + (f', and the ratio to {peer} in brackets' if peer else '') + '.', '']
+    if any(form == 'convolutions' for _, form in forms):
+        lines += [f'"convolutions": {FLOOR_NOTE}', '']
+    profiled = _profiled(report)
+    if profiled:
+        lines += ['| where the time goes | shares of the operators (calls) |', '|---|---|']
+        for row in profiled:
+            name = group_name(row['task'], row['runtime'], row['batch'])
+            lines.append(f'| `{row["model"]}`, {row["form"]}, {name} | {_profile_line(row)} |')
+        lines += ['', 'By the profilers of the runtimes, which slow small operators more than large ones.', '']
     columns = [key for key, rows in shown.items() if any('cold_start' in row for row in rows)]
     if columns:
         lines += [*table(columns, start), '', 'Cold start (from nothing to the first prediction) and peak memory of a '
@@ -241,7 +273,7 @@ def benchmark_figure(report: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for axes, batch in zip(panels, batches, strict=True):
         for row in rows:
-            if row['batch'] != batch or row['model'] not in models:
+            if row['batch'] != batch or row['model'] not in models or row['form'] == 'convolutions':
                 continue
             info, ms = report['models'][row['model']], row['ms_per_image']
             height = 100 * info['accuracy'] if by_accuracy else info['params'] / 1e6
@@ -274,10 +306,6 @@ def benchmark_figure(report: dict[str, Any]) -> Figure:
 
 def save_figure(report: dict[str, Any], path: str | Path) -> None:
     """Write `benchmark_figure`, whole or not at all; the ending of the name says the format."""
-    path = Path(path)
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        benchmark_figure(report).savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    figure = benchmark_figure(report)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary)

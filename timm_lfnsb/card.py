@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from timm.models import get_pretrained_cfg
 
 from .embedded import embedded_weights, weights_info
+from .files import replacing
 from .hub import file_sha256
 from .labels import EXPRESSIONS_8, canonical_name
 from .networks import default_cfgs
@@ -131,12 +132,8 @@ def write_cards(names: Sequence[str], out_dir: Path) -> list[Path]:
     for name in names:
         card = render_card(weights_info(name))
         path = out_dir / f'{name}.md'
-        temporary = path.with_name(f'.{path.name}.new')
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(card, encoding='utf-8')
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         paths.append(path)
     return paths
 
@@ -359,7 +356,8 @@ def _run_row(run: dict[str, Any], input_size: Sequence[int]) -> dict[str, str]:
 def _runs(rows: Sequence[dict[str, str]]) -> str:
     if not rows:
         return ''
-    headers = ['recipe', 'epochs', 'size', 'batch', 'optimiser', 'augmentation', 'loss', 'seed', 'validation curve']
+    headers = [
+        'recipe', 'model', 'epochs', 'size', 'batch', 'optimiser', 'augmentation', 'loss', 'seed', 'validation curve']
     return _table(['', *headers], [[i, *(row[key] for key in headers)] for i, row in enumerate(rows, 1)])
 
 
@@ -380,6 +378,8 @@ def speed_table(name: str, results: Path = RESULTS) -> str | None:
         for row in report['results']:
             key = row['runtime'], row['batch']
             if row['task'] != 'predict' or row['model'] not in (name, name.split('.')[0]) or 'ms_per_image' not in row:
+                continue
+            if row['form'] in ('unoptimised', 'convolutions'):
                 continue
             if key not in fastest or _median(row) < _median(fastest[key]):
                 fastest[key] = row

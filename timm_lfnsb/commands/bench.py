@@ -35,6 +35,9 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option('--plain', is_flag=True, help='Also measure networks without reparameterisation.')
 @click.option('--unoptimised', is_flag=True,
               help="Also measure networks from textbook parts (timm's coordinate attention, torch's PReLU).")
+@click.option('--floor', is_flag=True,
+              help='Also measure what their convolutions take alone, without PReLU and the attention of the blocks.')
+@click.option('--profile', is_flag=True, help='Also show where the time goes, operator by operator.')
 @click.option('--memory-format', default='contiguous,channels_last', show_default=True, callback=_names, metavar='LIST',
               help='For eager and compiled; the better one is shown.')
 @click.option('--train', is_flag=True, help='Also time training steps: eager, and compiled where --runtime names it.')
@@ -53,9 +56,9 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
               help='Measure nothing: print a report of --json as markdown.')
 def bench(
         models: tuple[str, ...], peers: tuple[str, ...], runtime: tuple[str, ...], batch: tuple[int, ...],
-        threads: int | None, plain: bool, unoptimised: bool, memory_format: tuple[str, ...], train: bool,
-        train_batch: int, seconds: float, rounds: int, cold_starts: int, device: str, amp: bool, json_file: str | None,
-        plot: str | None, show: str | None,
+        threads: int | None, plain: bool, unoptimised: bool, floor: bool, profile: bool,
+        memory_format: tuple[str, ...], train: bool, train_batch: int, seconds: float, rounds: int, cold_starts: int,
+        device: str, amp: bool, json_file: str | None, plot: str | None, show: str | None,
 ) -> None:
     """Measure the speed of MODELS (NAME or NAME@SIZE; default: lfnsb lfn_small mfn mobilefacenet) beside peers.
 
@@ -80,9 +83,9 @@ def bench(
             report = module.run_benchmark(
                 module.Settings(
                     models=models or module.DEFAULT_MODELS, peers=() if peers == ('none',) else peers, runtimes=runtime,
-                    batches=batch, threads=threads, plain=plain, unoptimised=unoptimised, memory_formats=memory_format,
-                    train=train, train_batch=train_batch, seconds=seconds, rounds=rounds, cold_starts=cold_starts,
-                    device=device, amp=amp),
+                    batches=batch, threads=threads, plain=plain, unoptimised=unoptimised, floor=floor,
+                    profile=profile, memory_formats=memory_format, train=train, train_batch=train_batch,
+                    seconds=seconds, rounds=rounds, cold_starts=cold_starts, device=device, amp=amp),
                 progress=lambda message: click.echo(message, err=True),
                 save=lambda report: bench_report.save_report(report, json_file) if json_file else None)
             click.echo(bench_report.format_report(report))
