@@ -79,7 +79,8 @@ def test_json_describes_the_file(name):
     for row in info['robustness']['rows'].values():
         assert row['difference'] == pytest.approx(row['accuracy'] - info['robustness']['clean_accuracy'])
         assert 1 - row['agreement'] >= abs(row['difference']) - 1e-9  # labels must change for accuracy to
-    assert 0.3 < info['temperature'] < 3 and info['calibration']['ece_scaled'] < info['calibration']['ece']
+    # The likelihood is what a temperature is fitted by; the calibration error may go either way.
+    assert 0.3 < info['temperature'] < 3 and info['calibration']['nll_scaled'] < info['calibration']['nll']
     assert info['calibration']['ece'] == pytest.approx(info['metrics']['test']['ece'], abs=0.005)
     assert '/' not in json.dumps([run['settings'] for run in info['runs']])  # no path of a machine
 
@@ -216,7 +217,8 @@ def test_measure_puts_everything_but_the_metrics_into_the_json(shelf, monkeypatc
     after = release.weights_info('lfnsb.ferplus')
     assert after['metrics'] == info['metrics']
     assert after['temperature'] == 0.85 and after['robustness'] == full['robustness']
-    assert [run['recipe'] for run in after['runs']] == ['ferplus-cpu', 'ferplus-cpu-112', 'ferplus-cpu-last']
+    assert [run['recipe'] for run in after['runs']] == [
+        'ferplus-cpu', 'ferplus-cpu-112', 'ferplus-cpu-last', 'ferplus-cpu-lfn-small', 'ferplus-cpu-lfnsb']
     assert sorted(p.name for p in shelf.iterdir()) == ['lfnsb.ferplus.json', 'lfnsb.ferplus.safetensors']
 
     with open(shelf / 'lfnsb.ferplus.safetensors', 'r+b') as file:
@@ -271,6 +273,9 @@ def test_ship_stores_a_run_with_everything_the_json_must_hold(shelf, tmp_path, m
                     seed=7, model_ema=True, kd_model_name=f'local-dir:{tmp_path}/teacher')
     make_run(run, settings, timm.create_model('lfnsb', pretrained=True).state_dict())
     arguments = ['weights', 'ship', 'lfnsb.noise', str(run), '--data-dir', str(data), '--note', 'Chosen by dice.']
+    result = CliRunner().invoke(main, [*arguments, '--after', 'lfnsb.nowhere'])
+    assert result.exit_code == 1 and "no embedded weights 'lfnsb.nowhere'" in result.output
+    arguments += ['--after', 'lfnsb.ferplus']
 
     def unfit(_):
         raise EvaluationError('no temperature fits')
@@ -290,7 +295,8 @@ def test_ship_stores_a_run_with_everything_the_json_must_hold(shelf, tmp_path, m
     assert info['temperature'] == 2 and info['calibration']['fitted_on'] == 'validation'
     assert 'temperature' not in info['calibration'] and info['robustness']['rows'].keys() == {'hflip'}
     assert info['measured_with'].keys() >= {'torch', 'timm', 'pillow'}
-    [described] = info['runs']
+    *earlier, described = info['runs']
+    assert earlier == release.weights_info('lfnsb.ferplus')['runs']
     assert described['settings']['seed'] == 7 and described['curve'][0]['eval_top1'] == 40
     assert described['recipe'] is None and described['settings']['kd_model_name'] == 'local-dir:teacher'
     assert str(tmp_path) not in json.dumps(info)
@@ -384,8 +390,10 @@ def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
 def test_runs_without_folders_are_those_of_the_embedded_weights():
     result = CliRunner().invoke(main, ['weights', 'runs'])
     assert result.exit_code == 0
-    assert len(result.output.splitlines()) == 2 + sum(len(release.weights_info(name)['runs']) for name in NAMES)
-    assert 'ferplus-cpu-last' in result.output
+    distinct = {json.dumps(run, sort_keys=True) for name in NAMES for run in release.weights_info(name)['runs']}
+    assert len(result.output.splitlines()) == 2 + len(distinct)
+    [line] = [line for line in result.output.splitlines() if '| ferplus-cpu-last |' in line]
+    assert 'lfn_small.ferplus, 3 of ' in line and 'lfnsb.ferplus, 3 of ' in line  # both have it behind them
 
 
 @pytest.mark.parametrize(('file', 'text', 'message'), [

@@ -14,6 +14,7 @@ from typing import Any
 from .calibration import measure_calibration
 from .embedded import ReleaseError, embedded_weights, weights_info
 from .evaluate import compute_metrics, load_model, predict_folder
+from .files import write_json
 from .hub import file_sha256 as sha256
 from .networks import WEIGHTS_DIR
 from .pack import find_checkpoint, load_checkpoint, pack
@@ -161,7 +162,7 @@ def remeasure(name: str, data_dir: Path, replace: bool = False) -> dict[str, Any
         measured['metrics'] = info['metrics']
     info['runs'] = [{**run, **find_recipe(run['settings'])} for run in info['runs']]
     info.update(measured)
-    _write_info(WEIGHTS_DIR / f'{name}.json', info)
+    write_json(WEIGHTS_DIR / f'{name}.json', info)
     return info
 
 
@@ -187,15 +188,6 @@ def _checked_info(name: str) -> dict[str, Any]:
     return info
 
 
-def _write_info(path: Path, info: dict[str, Any]) -> None:
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_text(json.dumps(info, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def describe_run(run: Path) -> dict[str, Any]:
     """Settings, recipe, validation curve and chosen epoch of a run of train.py, without the paths of its machine."""
     checkpoint = load_checkpoint(find_checkpoint(run))
@@ -210,6 +202,7 @@ def ship(
         data_dir: Path,
         robustness: bool = True,
         notes: Sequence[str] = (),
+        after: str | None = None,
 ) -> dict[str, Any]:
     """Store the last of a chain of runs as embedded weights, in half precision, with a JSON of what it measures.
 
@@ -221,12 +214,13 @@ def ship(
         data_dir: Prepared data folder with dataset.json.
         robustness: Measure the robustness table as well, which takes a dozen times as long as the test split.
         notes: Sentences for the card that no figure tells, for instance how the weights were chosen.
+        after: The embedded weights that the first run started from, whose runs become part of the record.
 
     Raises:
         ReleaseError: When the run is of another model, or the data folder was not made by `prepare`.
     """
     data = dataset_info(data_dir)
-    described = [describe_run(run) for run in runs]
+    described = [*(_checked_info(after)['runs'] if after else []), *(describe_run(run) for run in runs)]
     WEIGHTS_DIR.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WEIGHTS_DIR) as temporary:
         half, full = Path(temporary) / 'half', Path(temporary) / 'full'
@@ -250,7 +244,7 @@ def ship(
             'half_precision_changes': int((stored.predicted != exact.predicted).sum()),
             **measure(f'local-dir:{half}', data_dir, tuple(PERTURBATIONS) if robustness else ()),
         }
-        _write_info(Path(temporary) / 'info.json', info)
+        write_json(Path(temporary) / 'info.json', info)
         os.replace(half / 'model.safetensors', WEIGHTS_DIR / f'{name}.safetensors')
         os.replace(Path(temporary) / 'info.json', WEIGHTS_DIR / f'{name}.json')
     return info

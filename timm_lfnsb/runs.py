@@ -81,11 +81,19 @@ def read_run(run: Path) -> dict[str, Any]:
     return {'name': run.name, 'settings': settings, **find_recipe(settings), 'curve': curve}
 
 
-def embedded_runs(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that led to embedded weights, from their JSON, as `runs_table` takes them."""
-    return [
-        {'name': f"{info['model']}, {i} of {len(info['runs'])}", **find_recipe(run['settings']), **run}
-        for i, run in enumerate(info['runs'], 1)]
+def embedded_runs(infos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that led to embedded weights, from their JSON, as `runs_table` takes them; shared ones only once."""
+    runs: list[dict[str, Any]] = []
+    for info in infos:
+        for i, run in enumerate(info['runs'], 1):
+            name = f"{info['model']}, {i} of {len(info['runs'])}"
+            for other in runs:
+                if other['settings'] == run['settings'] and other['curve'] == run['curve']:
+                    other['name'] += f'; {name}'
+                    break
+            else:
+                runs.append({**find_recipe(run['settings']), **run, 'name': name})
+    return runs
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def runs(folders: tuple[Path, ...]) -> None:
         if folders:
             described = [read_run(run) for folder in folders for run in find_runs(folder)]
         else:
-            described = [run for name in embedded_weights() for run in embedded_runs(weights_info(name))]
+            described = embedded_runs([weights_info(name) for name in embedded_weights()])
     except (RunError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(runs_table(described))
@@ -120,12 +120,16 @@ def runs(folders: tuple[Path, ...]) -> None:
               help='Measure the robustness table too, a dozen times the test split.')
 @click.option('--note', 'notes', multiple=True, metavar='TEXT',
               help='A sentence for the card that no figure tells; may be given several times.')
-def ship(name: str, runs: tuple[Path, ...], data_dir: Path, robustness: bool, notes: tuple[str, ...]) -> None:
+@click.option('--after', metavar='NAME',
+              help='Embedded weights that the first run started from: their runs become part of the record.')
+def ship(
+        name: str, runs: tuple[Path, ...], data_dir: Path, robustness: bool, notes: tuple[str, ...], after: str | None,
+) -> None:
     """Store the last of RUNS as the embedded weights NAME (ARCH.TAG), with a JSON of what it measures."""
     release = _release()
     from ..pack import PackError
     try:
-        release.ship(name, runs, data_dir, robustness, notes)
+        release.ship(name, runs, data_dir, robustness, notes, after)
     except (release.ReleaseError, PackError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(release.weights_table())
