@@ -22,7 +22,7 @@ from timm_lfnsb.cli import main
 from timm_lfnsb.export import ExportError, export_model
 from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.lowering import RUNTIMES, lower_network
-from timm_lfnsb.runtimes import ExportedModel, RuntimeFileError, is_exported
+from timm_lfnsb.runtimes import ExportedModel, RuntimeFileError, is_exported, openvino_core
 
 onnx = pytest.importorskip('onnx', reason="pip install 'timm-lfnsb[export]' to test exports")
 onnxruntime = pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]' to test exports")
@@ -212,13 +212,13 @@ def test_int8(suffix, crops, tmp_path):
 
 
 def test_openvino_round_trip(tmp_path):
-    openvino = pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]'")
+    pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]'")
     model = create('mfn')
     file = tmp_path / 'model.xml'
     report = export_model(model, file, batch=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['model.bin', 'model.xml']
     assert report.size == sum(path.stat().st_size for path in tmp_path.iterdir())
-    network = openvino.Core().read_model(file)
+    network = openvino_core().read_model(file)
     assert json.loads(network.get_rt_info(['timm_lfnsb', 'label_names']).astype(str)) == list(EXPRESSIONS_8)
     images = torch.randn(3, 3, SIZE, SIZE)
     expected = outputs(model, images)
@@ -227,6 +227,27 @@ def test_openvino_round_trip(tmp_path):
     assert np.abs(runtime(images.numpy()) - expected).max() < 1e-4 * np.abs(expected).max()
     kinds = {operation.get_type_name() for operation in network.get_ops()}
     assert {'PRelu', 'AvgPool', 'HSwish'} <= kinds and not kinds & {'Transpose', 'Concat', 'Split', 'ReduceMean'}
+
+
+def test_openvino_model_may_be_dropped_in_another_thread(tmp_path):
+    """OpenVINO's plugin would free the signal stack of the main thread then; see `openvino_core`."""
+    pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]'")
+    file = tmp_path / 'model.xml'
+    export_model(create('mobilefacenet'), file)
+    code = '''if True:
+        import faulthandler, signal, subprocess, sys, threading
+        from timm_lfnsb.runtimes import ExportedModel
+        faulthandler.enable()
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's DataLoader does
+        models = [ExportedModel(sys.argv[1])]
+        thread = threading.Thread(target=models.clear)
+        thread.start()
+        thread.join()
+        subprocess.run([sys.executable, '-c', ''], check=True)
+        print('alive')
+    '''
+    result = subprocess.run([sys.executable, '-c', code, str(file)], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == 'alive\n', result.stderr
 
 
 @pytest.mark.parametrize('precision', ['fp32', pytest.param('fp16', marks=pytest.mark.slow)])

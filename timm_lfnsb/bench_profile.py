@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .runtimes import openvino_core
+
 CALLS = 5
 """Calls that a profile adds up."""
 
@@ -58,8 +60,7 @@ def profile_onnxruntime(path: str | Path, images: np.ndarray, threads: int) -> P
 
 def profile_openvino(path: str | Path, images: np.ndarray, threads: int) -> Profile:
     """Profile a file in OpenVINO, after its own optimisation of the graph."""
-    import openvino
-    compiled = openvino.Core().compile_model(path, 'CPU', {
+    compiled = openvino_core().compile_model(path, 'CPU', {
         'PERF_COUNT': True, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32',
         'INFERENCE_NUM_THREADS': threads})
     request = compiled.create_infer_request()

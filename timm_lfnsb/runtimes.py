@@ -5,6 +5,7 @@ A file carries what its user has to know, as strings: `model`, `label_names`, `i
 """
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -143,9 +144,19 @@ def _open_onnx(path: Path, threads: int | None) -> tuple[Run, dict[str, str], in
     )
 
 
-def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str], int | None]:
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core`, one for the life of the process.
+
+    Its CPU plugin gives the thread that loads it a signal stack, and frees it in whichever thread lets go of the last
+    model, after which the next signal with a handler ends the process. With this core the plugin stays.
+    """
     import openvino
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str], int | None]:
+    core = openvino_core()
     model = core.read_model(path)
     # Else OpenVINO calculates in bfloat16 on processors that can.
     config: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
