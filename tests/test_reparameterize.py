@@ -12,8 +12,8 @@ from conftest import golden_networks, rule_input, rule_weights
 from timm.layers import create_attn
 from timm.models import reparameterize_model
 
-from timm_lfnsb.layers import CoordAttn, PReLU, fold_norm, pointwise
-from timm_lfnsb.networks import FusedBottleneck
+from timm_lfnsb.layers import CoordAttn, Pointwise, PReLU, fold_norm
+from timm_lfnsb.networks import FusedBottleneck, MixedBottleneck
 
 MODELS = ['lfnsb', 'lfn_small', 'mfn', 'ddamfn', 'mobilefacenet']
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -95,28 +95,53 @@ def test_fused_networks_compile_trace_and_run_in_half_precision(name):
 
 def test_large_batches_go_through_in_parts(monkeypatch):
     fused = reparameterize_model(randomised('lfnsb').eval())
+    x = torch.randn(5, 3, 112, 112)
     whole, parts = [], []
-    forward_part = FusedBottleneck.forward_part
-    for sizes, limit in ((whole, 10 ** 12), (parts, 600_000)):  # the widest maps of an image have 1.2 MB and less
-        monkeypatch.setattr(FusedBottleneck, 'part_bytes', limit)
-        monkeypatch.setattr(
-            FusedBottleneck, 'forward_part', lambda self, x, sizes=sizes: sizes.append(len(x)) or forward_part(self, x))
-        x = torch.randn(5, 3, 112, 112, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        sizes.extend([fused(x).logsumexp(1).sum(), x])
-        sizes[-2].backward()
-    assert set(whole[:-2]) == {5}
-    assert {1, 5} <= set(parts[:-2]) and sum(parts[:-2]) == sum(whole[:-2])
-    torch.testing.assert_close(parts[-2], whole[-2])
-    torch.testing.assert_close(parts[-1].grad, whole[-1].grad, rtol=1e-4, atol=1e-6)
+    in_place = FusedBottleneck.forward_in_place
+    with torch.no_grad():
+        for sizes, limit in ((whole, 10 ** 12), (parts, 600_000)):  # the widest maps of an image have 1.2 MB and less
+            monkeypatch.setattr(FusedBottleneck, 'part_bytes', limit)
+            monkeypatch.setattr(
+                FusedBottleneck, 'forward_in_place',
+                lambda self, x, sizes=sizes: sizes.append(len(x)) or in_place(self, x))
+            sizes.append(fused(x))
+    assert set(whole[:-1]) == {5}
+    assert {1, 5} <= set(parts[:-1]) and sum(parts[:-1]) == sum(whole[:-1])
+    torch.testing.assert_close(parts[-1], whole[-1])
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize('batch, size', [(1, 6), (3, 24)])  # few and many positions
+def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, size, memory_format, stride):
+    block = MixedBottleneck(16, 16, {3: 12, 5: 8}, stride)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    block.eval()
+    x = torch.randn(batch, 16, size, size + 1).to(memory_format=memory_format)
+    before = x.clone()
+    with torch.no_grad():
+        expected = block(x)
+        fused = copy.deepcopy(block).fuse()
+        assert type(fused) is FusedBottleneck
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)  # with gradients, nothing in place
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert (fused(x).float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize('size', [3, 40])
 def test_pointwise_is_a_convolution_of_few_and_of_many_positions(size, memory_format):
     x = torch.randn(2, 5, size, size).to(memory_format=memory_format)
-    weight, bias = torch.randn(7, 5, 1, 1), torch.randn(7)
-    expected = torch.einsum('oi,bihw->bohw', weight[:, :, 0, 0], x) + bias.view(-1, 1, 1)
-    torch.testing.assert_close(pointwise(x, weight, bias), expected, rtol=1e-4, atol=1e-5)
+    conv = nn.Conv2d(5, 7, 1)
+    expected = torch.einsum('oi,bihw->bohw', conv.weight[:, :, 0, 0], x) + conv.bias.view(-1, 1, 1)
+    layer = Pointwise(conv)
+    for out in (layer(x), layer.of_few(x)):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['lfnsb', 'mfn'])

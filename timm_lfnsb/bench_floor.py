@@ -11,7 +11,7 @@ import torch
 from timm.models import reparameterize_model
 from torch import nn
 
-from .layers import CoordAttn, pointwise
+from .layers import CoordAttn
 from .lowering import LoweredBottleneck, lower_network
 from .networks import FusedBottleneck, MixedFeatureNet
 
@@ -19,11 +19,9 @@ from .networks import FusedBottleneck, MixedFeatureNet
 class _BareBottleneck(FusedBottleneck):
     """Convolutions and residual of a fused block."""
 
-    def forward_part(self, x: torch.Tensor) -> torch.Tensor:
-        expand, project = self.expand.conv, self.project.conv
-        y = self.conv_dw(pointwise(x, expand.weight, expand.bias))
-        y = pointwise(y, project.weight, project.bias)
-        return y + x if self.residual else y
+    def forward_in_place(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.project.of_few(self.conv_dw(self.expand.of_few(x)))
+        return y.add_(x) if self.residual else y
 
 
 class _NoGates(nn.Module):

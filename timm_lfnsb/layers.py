@@ -18,14 +18,16 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 | no memory given back to the system, huge pages (glibc's and torch's switches) | as without; 1.1 times as long |
 | the kernels of a mix as one convolution, alone: at 56 px, from 28 px on | 0.83; 0.9 to 3 times as long |
 
-| inference after `reparameterize_model` | batch 1 | batch 32 |
+| inference after `reparameterize_model`, as a multiple of ResNet-18's time | batch 1 | batch 32 |
 |---|---|---|
-| as a multiple of ResNet-18's time: separate calls of 17 operators | 1.71 | 1.59 |
-| ... few positions as linear layers, widest maps in parts of 8 MB (**taken**) | 1.54 | 1.46 |
-| ... parts of 1.5, 3, 6, 12 MB, when whole batches took 1.62 | | 1.86, 1.53, 1.42, 1.40 |
-| ... all 1x1 convolutions as linear layers, those of the gates only | 1.51, 1.69 | 1.68, 1.51 |
-| ... both strips by one product with a constant matrix, by one concatenation | 1.14, 1.09 times as long | 1.09, 1.0 |
-| another function: without attention | 1.34 | 1.33 |
+| separate calls of 17 operators | 1.71 | 1.59 |
+| few positions as linear layers, widest maps in parts of 8 MB | 1.54-1.71 | 1.46-1.56 |
+| ... linear layers from the start, whose weights need no views, and what can be in place (**taken**) | 1.42 | 1.37 |
+| ... and weights of depthwise convolutions prepared beforehand, by torch's internal operators | 0.04-0.08 less | |
+| ... and both strips concatenated, or both gates by one product of matrices | 0.02-0.05 more | |
+| parts of 1.5, 3, 6, 12 MB, when whole batches took 1.62 | | 1.86, 1.53, 1.42, 1.40 |
+| both strips by one product with a constant matrix | 1.14 times as long | 1.09 times |
+| another function: without attention and PReLU (`bench --floor`) | 1.05 | 1.22 |
 """
 import copy
 from typing import Any
@@ -42,12 +44,12 @@ __all__ = [
     'CoordAttn',
     'MixedDepthwiseConv',
     'PReLU',
+    'Pointwise',
     'RepVggDw',
     'StemConv',
     'StripGates',
     'eager_on_cpu',
     'fold_norm',
-    'pointwise',
     'spatial_size',
 ]
 
@@ -117,16 +119,32 @@ def _eager_training_on_cpu(x: torch.Tensor) -> bool:
     return eager_on_cpu(x) and torch.is_grad_enabled()
 
 
-# Positions up to which a linear layer is faster: it starts without the convolution's preparation of its weights.
+# Positions up to which a linear layer is faster on a CPU, which starts without a convolution's preparation of weights.
 _FEW_POSITIONS = 1024
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """1x1 convolution of maps (B, C, H, W) in channels-last order; of few positions on a CPU as a linear layer."""
-    if not torch.jit.is_scripting():
-        if eager_on_cpu(x) and x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_POSITIONS:
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias)
+class Pointwise(nn.Linear):
+    """A 1x1 convolution of maps (B, C, H, W), its parameters those of a linear layer."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device='meta')
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
+        self.bias = conv.bias  # type: ignore[assignment]  # may be None
+        self.train(conv.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of the rows of a matrix (N, C)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def of_few(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of maps in channels-last order, where they have few positions by `of_rows`."""
+        batch, chs, height, width = x.shape
+        if batch * height * width > _FEW_POSITIONS:
+            return self(x)
+        return self.of_rows(x.permute(0, 2, 3, 1).reshape(-1, chs)).view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class _PReLUFunction(torch.autograd.Function):

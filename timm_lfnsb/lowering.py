@@ -46,8 +46,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import reparameterize_model
 
-from .layers import ConvNormAct, StripGates
-from .networks import DirectionAttention, MixedBottleneck, MixedFeatureNet, SpatialBiasHead
+from .layers import ConvNormAct
+from .networks import DirectionAttention, FusedBottleneck, MixedFeatureNet, SpatialBiasHead
 
 RUNTIMES = ('onnxruntime', 'openvino')
 
@@ -77,11 +77,12 @@ def lower_network(model: nn.Module, runtime: str) -> nn.Module:
 
 def _lower_children(module: nn.Module, runtime: str) -> None:
     for name, child in module.named_children():
-        if isinstance(child, MixedBottleneck):
+        if isinstance(child, FusedBottleneck):
             setattr(module, name, LoweredBottleneck(child, runtime))
         elif isinstance(child, DirectionAttention):
             strips = [child.strip_h.conv, child.strip_w.conv]
-            setattr(module, name, LoweredGates(child, strips[0].out_channels, runtime, strips))
+            setattr(module, name, LoweredGates(
+                child.conv1, child.conv_h, child.conv_w, strips[0].out_channels, runtime, strips))
         elif isinstance(child, ConvNormAct):
             setattr(module, name, _lower_act(child.conv, child, runtime))
         else:
@@ -91,16 +92,14 @@ def _lower_children(module: nn.Module, runtime: str) -> None:
 class LoweredBottleneck(nn.Module):
     """A mixed bottleneck whose channels are padded to whole blocks."""
 
-    def __init__(self, block: MixedBottleneck, runtime: str):
+    def __init__(self, block: FusedBottleneck, runtime: str):
         super().__init__()
         self.residual = block.residual
-        expand, project = block.expand.conv, block.project.conv
-        chs = _whole_blocks(expand.out_channels)
-        self.expand = _lower_act(_padded(expand, expand.in_channels, chs), block.expand, runtime)
-        conv_dw, = (module for module in block.conv_dw.modules() if isinstance(module, nn.Conv2d))
-        self.conv_dw = _padded(conv_dw, chs, chs)
-        self.gates = LoweredGates(block.attn, chs, runtime)
-        self.project = _padded(project, chs, project.out_channels)
+        chs = _whole_blocks(block.expand.out_features)
+        self.expand = _lower_act(_padded(block.expand, block.expand.in_features, chs), block, runtime)
+        self.conv_dw = _padded(block.conv_dw, chs, chs)
+        self.gates = LoweredGates(block.reduce, block.gate_h, block.gate_w, chs, runtime)
+        self.project = _padded(block.project, chs, block.project.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv_dw(self.expand(x))
@@ -114,24 +113,35 @@ class LoweredGates(nn.Module):
     """The gates of a coordinate attention, each from pool to product in the form its runtime keeps in its layout.
 
     Args:
-        attn: The attention, reparameterised.
+        reduce: The layer from the pooled strips to few channels, its norm folded.
+        gate_h: From there to the gate along the height.
+        gate_w: To the gate along the width.
         chs: Channels of the map, padding included.
         runtime: One of `RUNTIMES`.
         strips: Convolutions that take the place of the average pools over rows and columns.
     """
 
-    def __init__(self, attn: StripGates, chs: int, runtime: str, strips: Sequence[nn.Conv2d] | None = None):
+    def __init__(
+            self,
+            reduce: nn.Conv2d | nn.Linear,
+            gate_h: nn.Conv2d | nn.Linear,
+            gate_w: nn.Conv2d | nn.Linear,
+            chs: int,
+            runtime: str,
+            strips: Sequence[nn.Conv2d] | None = None,
+    ):
         super().__init__()
         # ONNX Runtime fuses the hard-swish into a convolution right before it, and leaves its layout for a broadcast
         # but not for a Resize; for OpenVINO broadcasts are free, and pooling costs less behind the convolution.
         self.resize = runtime == 'onnxruntime'
         self.pool_first = self.resize or strips is not None
         self.strips = nn.ModuleList(strips) if strips is not None else None
-        rd_chs = _whole_blocks(attn.conv1.out_channels) if self.resize else attn.conv1.out_channels
-        self.conv1 = _padded(attn.conv1, chs, rd_chs)
-        self.act = attn.act
-        self.conv_h = _padded(attn.conv_h, rd_chs, chs)
-        self.conv_w = _padded(attn.conv_w, rd_chs, chs)
+        rd_chs = len(reduce.weight)
+        rd_chs = _whole_blocks(rd_chs) if self.resize else rd_chs
+        self.conv1 = _padded(reduce, chs, rd_chs)
+        self.act = nn.Hardswish()
+        self.conv_h = _padded(gate_h, rd_chs, chs)
+        self.conv_w = _padded(gate_w, rd_chs, chs)
 
     def factors(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The gates (B, C, H, 1) and (B, C, 1, W), for ONNX Runtime both as (B, C, H, W)."""
@@ -197,7 +207,7 @@ class PooledMap(nn.Module):
         return F.avg_pool2d(x, ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2)).flatten(1)
 
 
-def _lower_act(conv: nn.Conv2d, layer: ConvNormAct, runtime: str) -> nn.Module:
+def _lower_act(conv: nn.Conv2d, layer: ConvNormAct | FusedBottleneck, runtime: str) -> nn.Module:
     act = getattr(layer, 'act', None)
     if act is None:
         return conv
@@ -225,15 +235,19 @@ def _whole_blocks(chs: int) -> int:
     return -(-chs // BLOCK) * BLOCK
 
 
-def _padded(conv: nn.Conv2d, in_chs: int, out_chs: int) -> nn.Conv2d:
-    """A copy of a convolution with zeros for additional channels, and always with a bias."""
-    out = nn.Conv2d(
-        in_chs, out_chs, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-        groups=out_chs if conv.groups > 1 else 1)
+def _padded(layer: nn.Conv2d | nn.Linear, in_chs: int, out_chs: int) -> nn.Conv2d:
+    """A copy as a convolution with zeros for additional channels, and always with a bias."""
+    if isinstance(layer, nn.Linear):
+        out, weight = nn.Conv2d(in_chs, out_chs, 1), layer.weight[:, :, None, None]
+    else:
+        weight = layer.weight
+        out = nn.Conv2d(
+            in_chs, out_chs, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
+            groups=out_chs if layer.groups > 1 else 1)
     assert out.bias is not None
     out.weight.zero_()
-    out.weight[:conv.out_channels, :conv.weight.shape[1]] = conv.weight
+    out.weight[:len(weight), :weight.shape[1]] = weight
     out.bias.zero_()
-    if conv.bias is not None:
-        out.bias[:conv.out_channels] = conv.bias
+    if layer.bias is not None:
+        out.bias[:len(weight)] = layer.bias
     return out
