@@ -150,7 +150,7 @@ def test_scripts_that_parse_known_args_or_check_the_type(tmp_path):
 
 def test_a_variant_from_yaml_is_checked(tmp_path):
     (tmp_path / 'config.yaml').write_text('cosine_harmony: 1.0\ncosine_harmony_variant: best\n')
-    one_sentence(run(STANDIN, '--config', tmp_path / 'config.yaml'), 'intended, paper, reference')
+    one_sentence(run(STANDIN, '--config', tmp_path / 'config.yaml'), 'reference, intended, paper')
 
 
 def test_siblings_of_a_script_can_be_imported(tmp_path):
@@ -407,7 +407,7 @@ def test_real_train_checkpoint_and_resume(timm_scripts, face_folder, tmp_path):
     assert not torch.equal(centers, first_centers)
 
     settings = yaml.safe_load((tmp_path / 'whole' / 'args.yaml').read_text())
-    assert settings['cosine_harmony'] == 1.0 and settings['cosine_harmony_variant'] == 'intended'
+    assert settings['cosine_harmony'] == 1.0 and settings['cosine_harmony_variant'] == 'reference'
 
     validated = run('validate.py', '--model', 'mobilefacenet', '--num-classes', '4', '--device', 'cpu', '--data-dir',
                     face_folder, '--class-map', face_folder / 'class_map.txt', '--checkpoint',

@@ -105,6 +105,29 @@ def test_intended_variant_separates_and_paper_variant_does_not():
     assert ends['intended'] > 0.05 and ends['paper'] < -0.05
 
 
+def test_where_each_variant_ends():
+    """Features free to move, with learned centers: only one variant leaves the classes apart."""
+    own, within, between = {}, {}, {}
+    target = torch.arange(5).repeat_interleave(8)
+    same = target[:, None] == target
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        loss = CosineHarmonyLoss(5, 64, variant=variant)
+        features = torch.randn(40, 64, requires_grad=True)
+        optimizer = torch.optim.Adam([features, *loss.parameters()], lr=0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss(features, target).backward()
+            optimizer.step()
+        correlations = np.corrcoef(features.detach().numpy(), loss.centers.detach().numpy())
+        own[variant] = correlations[range(40), 40 + target.numpy()].mean()
+        within[variant] = correlations[:40, :40][same.numpy()].mean()
+        between[variant] = correlations[:40, :40][~same.numpy()].mean()
+    assert within['reference'] > 0.99 and own['reference'] > 0.99 and between['reference'] < 0.1
+    assert between['intended'] > 0.99 and own['intended'] < -0.99  # one direction, opposite to all centers
+    assert between['paper'] > 0.99 and own['paper'] > 0.99  # one direction for all
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_gradients_by_finite_differences(variant):
     loss, features, target = make(num=3, dim=4, variant=variant)
@@ -173,7 +196,7 @@ def test_bad_input_is_a_clear_value_error(features, target, message):
     (dict(num_classes=1, feat_dim=4), 'at least 2 classes'),
     (dict(num_classes=3, feat_dim=1), 'at least 2 values'),
     (dict(num_classes=3, feat_dim=4, alpha=1.5), r'alpha in \[0, 1\]'),
-    (dict(num_classes=3, feat_dim=4, variant='best'), "variant 'best'.*intended, paper, reference"),
+    (dict(num_classes=3, feat_dim=4, variant='best'), "variant 'best'.*reference, intended, paper"),
 ])
 def test_bad_settings_are_a_clear_value_error(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -214,7 +214,7 @@ def test_finished_rows_are_not_run_again_and_experiments_share_runs(fake):
 
 
 def test_an_interrupted_row_goes_on(fake, monkeypatch):
-    name = 'lfnsb-intended-alpha0.1-seed7'
+    name = 'lfnsb-reference-alpha0.1-seed7'
     monkeypatch.setenv('FAKE_KILL', f'{name}:0')
     results, failures = fake.run('figure5')
     assert len(failures) == 1 and '-9' in failures[0] and not results['complete']
@@ -234,7 +234,7 @@ def test_an_interrupted_row_goes_on(fake, monkeypatch):
 
 
 def test_a_row_killed_after_its_last_epoch_is_not_trained_again(fake, monkeypatch):
-    monkeypatch.setenv('FAKE_KILL', 'lfnsb-intended-alpha0.1-seed7:2')
+    monkeypatch.setenv('FAKE_KILL', 'lfnsb-reference-alpha0.1-seed7:2')
     assert fake.run('figure6')[1]
     fake.calls()
     results, failures = fake.run('figure6')
@@ -244,7 +244,7 @@ def test_a_row_killed_after_its_last_epoch_is_not_trained_again(fake, monkeypatc
 def test_a_row_without_a_checkpoint_starts_anew(fake, monkeypatch):
     monkeypatch.setenv('FAKE_FAIL', 'lfnsb')
     fake.run('figure6')
-    train = fake.out / 'runs' / 'lfnsb-intended-alpha0.1-seed7' / 'train'
+    train = fake.out / 'runs' / 'lfnsb-reference-alpha0.1-seed7' / 'train'
     train.mkdir()
     (train / 'recovery-0-100.pth.tar').write_bytes(b'timm would leave out the rest of this epoch')
     monkeypatch.delenv('FAKE_FAIL')
@@ -255,7 +255,7 @@ def test_a_row_without_a_checkpoint_starts_anew(fake, monkeypatch):
 
 def test_a_script_that_ends_early_is_a_failure(fake, monkeypatch):
     """timm's script ends with 0 after Ctrl-C."""
-    monkeypatch.setenv('FAKE_END', 'lfnsb-intended-alpha0.1-seed7:1')
+    monkeypatch.setenv('FAKE_END', 'lfnsb-reference-alpha0.1-seed7:1')
     results, failures = fake.run('figure6')
     assert 'after epoch 2 of 3' in failures[0] and not results['rows'][0]['seeds'] and not results['complete']
 
@@ -265,7 +265,7 @@ def test_a_failing_row_leaves_the_others(fake, monkeypatch):
     results, failures = fake.run('table5', seeds=2, jobs=2)
     assert len(failures) == 2 and failures[0].startswith('lfn_small, seed 7: ')
     assert 'CUDA out of memory' in failures[0] and 'a line of the log' in failures[0]
-    log = fake.out / 'runs' / 'lfn_small-intended-alpha0.1-seed7' / 'log.txt'
+    log = fake.out / 'runs' / 'lfn_small-reference-alpha0.1-seed7' / 'log.txt'
     assert str(log) in failures[0] and 'out of memory' in log.read_text()
     assert [len(row['seeds']) for row in results['rows']] == [0, 2]
     assert not json.loads((fake.out / 'table5.json').read_text())['complete']
@@ -288,7 +288,7 @@ def test_settings_of_a_row_without_a_trained_epoch_may_change(fake, monkeypatch)
 
 
 def test_a_damaged_checkpoint_is_named(fake, monkeypatch):
-    monkeypatch.setenv('FAKE_KILL', 'lfnsb-intended-alpha0.1-seed7:0')
+    monkeypatch.setenv('FAKE_KILL', 'lfnsb-reference-alpha0.1-seed7:0')
     fake.run('figure6')
     run, = fake.plan('figure6').runs
     run.last.write_bytes(run.last.read_bytes()[:1000])
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_named(fake, monkeypatch):
 ])
 def test_changed_settings_are_refused(change, word, fake, data, recipe, monkeypatch):
     if change == 'unfinished':
-        monkeypatch.setenv('FAKE_KILL', 'lfnsb-intended-alpha0.1-seed7:0')
+        monkeypatch.setenv('FAKE_KILL', 'lfnsb-reference-alpha0.1-seed7:0')
     fake.run('figure6')
     monkeypatch.delenv('FAKE_KILL', raising=False)
     before = (fake.out / 'figure6.json').read_bytes()

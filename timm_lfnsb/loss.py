@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-VARIANTS: tuple[str, ...] = ('intended', 'paper', 'reference')
+VARIANTS: tuple[str, ...] = ('reference', 'intended', 'paper')
 
 # Length under which a centered vector counts as having no direction; keeps the gradient of a constant one bounded.
 _EPS_NORM = 1e-4
@@ -46,12 +46,16 @@ class CosineHarmonyLoss(nn.Module):
 
     Variants:
 
+    * ``'reference'`` (default): alpha * intra / var + (1 - alpha) * intra / (C - 1). What the authors' released code
+      computes: each feature is pulled to its own center, no term separates the classes. var is unbiased.
     * ``'intended'``: alpha * intra / var + (1 - alpha) * (2 - inter). What the paper says the loss is for: features
       near their own center and far from the others. var is biased.
     * ``'paper'``: alpha * intra / var + (1 - alpha) * inter. Equation (6) as printed; minimising it pulls features
       toward wrong centers. var is biased.
-    * ``'reference'``: alpha * intra / var + (1 - alpha) * intra / (C - 1). What the authors' released code computes;
-      no term separates the classes. var is unbiased.
+
+    The last two have a minimum that nobody wants: the features of all classes in one direction, which is opposite to
+    all centers, their own too ('intended': the pull to it is divided by the variance, which grows meanwhile), or that
+    of all centers ('paper'). With 'reference' the random centers, which are nearly orthogonal, keep classes apart.
 
     A batch of one has no variance: its intra-class term is not divided.
 
@@ -76,7 +80,7 @@ class CosineHarmonyLoss(nn.Module):
             num_classes: int,
             feat_dim: int,
             alpha: float = 0.1,
-            variant: str = 'intended',
+            variant: str = 'reference',
             learn_centers: bool = True,
     ):
         super().__init__()

@@ -108,7 +108,7 @@ class CosineHarmonyTask(ClassificationTask):
             *,
             weight: float = 1.0,
             alpha: float = 0.1,
-            variant: str = 'intended',
+            variant: str = 'reference',
             learn_centers: bool = True,
             **kwargs: Any,
     ):
