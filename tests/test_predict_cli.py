@@ -83,15 +83,19 @@ def test_table(folder, model, predict):
 
 
 def test_bad_images_are_reported_and_the_rest_goes_on(folder, model, predict):
+    (folder / 'empty').mkdir()
     (folder / 'photos' / 'bad.png').write_bytes(b'nothing')
     content = (folder / 'photos' / 'ann.jpg').read_bytes()
     (folder / 'photos' / 'cut.jpg').write_bytes(content[:len(content) // 2])
     code, out, err = predict(
-        'photos', 'missing.png', '--model', model, '--json', '--annotate', 'out', '--batch-size', 1)
+        'photos', 'missing.png', 'empty', '--model', model, '--json', '--annotate', 'out', '--batch-size', 1)
     assert code == 1
-    assert [json.loads(line)['image'] for line in out.splitlines()] == [
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer['image'] for answer in answers if 'faces' in answer] == [
         'photos/ann.jpg', 'photos/sky.png', 'photos/trip/ann.png']
-    lines = err.splitlines()
+    errors = [answer['error'] for answer in answers if 'faces' not in answer]
+    first, *lines = err.splitlines()
+    assert 'empty has no images' in first and lines == errors
     assert [line.partition(':')[0] for line in lines] == ['photos/bad.png', 'photos/cut.jpg', 'missing.png']
     assert 'truncated' in lines[1] and 'no such file' in lines[2]
     assert sorted(path.name for path in (folder / 'out').iterdir()) == ['ann.png', 'sky.png', 'trip']

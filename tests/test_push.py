@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,7 +190,8 @@ def test_altered_embedded_weights_are_not_published(no_network, monkeypatch, tmp
 
 @pytest.mark.parametrize('arguments, message', [
     (['nonsense', '--repo-id', 'a/b'], 'nonsense is neither a folder nor the name of embedded weights ('),
-    (['nonsense'], 'nonsense needs a repository to go to'),
+    (['nonsense'], 'no folder nonsense, and the embedded weights are lfn_small.ferplus, lfnsb.ferplus'),
+    ([str(Path(__file__).parent)], 'tests needs a repository to go to'),
     ([NAME, '--repo-id', 'lfnsb'], "'lfnsb' is no name of a Hub repository"),
     ([NAME, '--repo-id', 'a/b/c'], "'a/b/c' is no name of a Hub repository"),
     ([NAME, '--license', 'mit'], 'leave out --metrics and --license'),

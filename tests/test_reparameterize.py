@@ -88,9 +88,14 @@ def test_fused_networks_compile_trace_and_run_in_half_precision(name):
         expected = fused(x)
         torch.testing.assert_close(torch.jit.script(fused)(x), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), expected, rtol=1e-4, atol=1e-5)
-        half = reparameterize_model(randomised(name).eval().bfloat16())
+        compiled = torch.compile(fused, backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        graph = torch.export.export(fused, (x,)).graph
+        convolutions = [node for node in graph.nodes if 'conv2d' in str(node.target)]
+        assert len(convolutions) > 100 and all(node.args[1].op == 'placeholder' for node in convolutions)  # no views
+        half = copy.deepcopy(fused).bfloat16()
         assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-        assert half(x.bfloat16()).isfinite().all()
+        assert (half(x.bfloat16()).float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_large_batches_go_through_in_parts(monkeypatch):
@@ -112,7 +117,7 @@ def test_large_batches_go_through_in_parts(monkeypatch):
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize('batch, size', [(1, 6), (3, 24)])  # few and many positions
+@pytest.mark.parametrize('batch, size', [(0, 6), (1, 6), (3, 24)])  # no, few and many positions
 def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, size, memory_format, stride):
     block = MixedBottleneck(16, 16, {3: 12, 5: 8}, stride)
     for module in block.modules():
@@ -130,7 +135,20 @@ def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, s
     assert torch.equal(x, before)
     torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)  # with gradients, nothing in place
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert (fused(x).float() - expected).abs().max() < 0.05 * expected.abs().max()
+        torch.testing.assert_close(fused(x).float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize('change', ['attn', 'expand.act', 'expand.conv'])
+def test_a_block_with_a_part_of_the_users_is_not_taken_apart(change):
+    block = MixedBottleneck(16, 16, {3: 12, 5: 8}).eval()
+    part = nn.Conv2d(16, 20, 3, padding=1, bias=False) if change == 'expand.conv' else nn.Identity()
+    block.set_submodule(change, part)
+    x = torch.randn(2, 16, 6, 6)
+    with torch.no_grad():
+        expected = block(x)
+        fused = copy.deepcopy(block).fuse()
+        assert type(fused) is MixedBottleneck
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
@@ -216,9 +234,6 @@ def test_second_derivatives(layer, training):
         sum((gradient * (i + 1)).sum() for i, gradient in enumerate(gradients(x + sign * step * direction)))
         for sign in (1, -1))
     assert (second * direction).sum().item() == pytest.approx((high - low).item() / (2 * step), rel=1e-5)
-    loss = layer(x).square().sum()
-    hvp = torch.autograd.functional.hvp(lambda x: layer(x).square().sum(), x.detach(), direction)[1]
-    assert loss.isfinite() and hvp.abs().max() > 0
 
 
 def test_prelu_gradient_against_the_formula():

@@ -11,7 +11,7 @@ import torch
 from timm.models import reparameterize_model
 from torch import nn
 
-from .layers import CoordAttn
+from .layers import CoordAttn, eager_inference_on_cpu
 from .lowering import LoweredBottleneck, lower_network
 from .networks import FusedBottleneck, MixedFeatureNet
 
@@ -19,9 +19,12 @@ from .networks import FusedBottleneck, MixedFeatureNet
 class _BareBottleneck(FusedBottleneck):
     """Convolutions and residual of a fused block."""
 
-    def forward_in_place(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project.of_few(self.conv_dw(self.expand.of_few(x)))
-        return y.add_(x) if self.residual else y
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if eager_inference_on_cpu(x):
+            y = self.project.of_few(self.conv_dw(self.expand.of_few(x)))
+            return y.add_(x) if self.residual else y
+        y = self.project(self.conv_dw(self.expand(x)))
+        return y + x if self.residual else y
 
 
 class _NoGates(nn.Module):

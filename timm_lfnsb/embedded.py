@@ -13,7 +13,7 @@ class ReleaseError(RuntimeError):
 
 def embedded_weights() -> list[str]:
     """Names of the weights inside the package, as `timm.create_model` takes them."""
-    return sorted(path.stem for path in WEIGHTS_DIR.glob('*.json'))
+    return sorted(path.stem for path in WEIGHTS_DIR.glob('[!.]*.json'))
 
 
 def weights_info(name: str) -> dict[str, Any]:

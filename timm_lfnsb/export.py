@@ -297,7 +297,9 @@ def _check_arguments(
     by_format = {format: suffix for suffix, format in SUFFIXES.items()}
     if format is None:
         if out.suffix not in SUFFIXES:
-            raise ExportError(f"the format is not clear: name it, or end {out} in one of {', '.join(SUFFIXES)}.")
+            raise ExportError(
+                f"the format is not clear from the name {out}: end it in one of {', '.join(SUFFIXES)}, "
+                'or give --format.')
         format = SUFFIXES[out.suffix]
     if format not in FORMATS:
         raise ExportError(f"there is no format {format!r}, only {', '.join(FORMATS)}.")

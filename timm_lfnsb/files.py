@@ -13,7 +13,7 @@ from typing import Any
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to, with the same ending, and rename it to `path` once everything is written."""
-    temporary = path.with_name(f'.{os.getpid()}-{threading.get_ident()}{path.suffix}')
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}')
     try:
         yield temporary
         os.replace(temporary, path)

@@ -66,6 +66,7 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         HubError: See `fetch_weights`; there is no falling back to the embedded file. Also for another value.
+        RuntimeError: For a name without weights.
     """
     choice = os.environ.get('TIMM_LFNSB_WEIGHTS') or 'embedded'
     if choice not in ('embedded', 'hub'):
@@ -73,6 +74,10 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     name = f'{variant}.{cfg.tag}'
+    if not (cfg.has_weights or cfg.state_dict):
+        raise RuntimeError(
+            f"No pretrained weights exist for {name}, only for {', '.join(HUB_REVISIONS)}. Use pretrained=False to "
+            'start from random ones.')
     if choice == 'embedded' or cfg.state_dict or cfg.source or cfg.file != str(WEIGHTS_DIR / f'{name}.safetensors'):
         return kwargs
     try:

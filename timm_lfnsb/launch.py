@@ -114,7 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--cosine-harmony', type=float, default=0., metavar='WEIGHT',
                        help='weight of the Cosine-Harmony loss beside the classification loss, 0 = off (default: 0)')
     group.add_argument('--cosine-harmony-alpha', type=float, default=0.1, metavar='ALPHA',
-                       help='balance of its intra-class and inter-class term, in [0, 1] (default: 0.1)')
+                       help='balance of its two terms, in [0, 1] (default: 0.1)')
     group.add_argument('--cosine-harmony-variant', default='reference', choices=VARIANTS,
                        help='its formula (default: reference)')
     group.add_argument('--cosine-harmony-fixed-centers', action='store_true', default=False,

@@ -2,8 +2,9 @@
 
 Written for speed where the arithmetic leaves a choice, and for `timm.models.reparameterize_model`: each module that
 holds a batch norm folds it into the layer before it, in place, so that its name, its hooks and the names of its
-parameters stay. timm calls `fuse` or `reparameterize` of every child but not of the model itself, and goes on into the
-child it had before `fuse` was called: a module that `fuse` returns must be complete.
+parameters stay. Only the mixed bottlenecks become modules of their own after that, with other names. timm calls `fuse`
+or `reparameterize` of every child but not of the model itself, and goes on into the child it had before `fuse` was
+called: a module that `fuse` returns must be complete.
 
 What was tried in eager mode, with lfnsb at 112 px in float32, on two cores with AVX-512 that other work shared (medians
 of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
@@ -22,7 +23,7 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 |---|---|---|
 | separate calls of 17 operators | 1.71 | 1.59 |
 | few positions as linear layers, widest maps in parts of 8 MB | 1.54-1.71 | 1.46-1.56 |
-| ... linear layers from the start, whose weights need no views, and what can be in place (**taken**) | 1.42 | 1.37 |
+| ... no module calls and views that can be spared, in place what can be (**taken**) | 1.42 | 1.37 |
 | ... and weights of depthwise convolutions prepared beforehand, by torch's internal operators | 0.04-0.08 less | |
 | ... and both strips concatenated, or both gates by one product of matrices | 0.02-0.05 more | |
 | parts of 1.5, 3, 6, 12 MB, when whole batches took 1.62 | | 1.86, 1.53, 1.42, 1.40 |
@@ -48,7 +49,7 @@ __all__ = [
     'RepVggDw',
     'StemConv',
     'StripGates',
-    'eager_on_cpu',
+    'eager_inference_on_cpu',
     'fold_norm',
     'spatial_size',
 ]
@@ -114,6 +115,11 @@ def eager_on_cpu(x: torch.Tensor) -> bool:
     )
 
 
+def eager_inference_on_cpu(x: torch.Tensor) -> bool:
+    """Whether results may also be computed in place: nobody asks for gradients or another dtype either."""
+    return eager_on_cpu(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu')
+
+
 def _eager_training_on_cpu(x: torch.Tensor) -> bool:
     """Whether a gradient of our own is wanted: compilers make a good one themselves, and other devices have one."""
     return eager_on_cpu(x) and torch.is_grad_enabled()
@@ -123,28 +129,25 @@ def _eager_training_on_cpu(x: torch.Tensor) -> bool:
 _FEW_POSITIONS = 1024
 
 
-class Pointwise(nn.Linear):
-    """A 1x1 convolution of maps (B, C, H, W), its parameters those of a linear layer."""
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution that can take few positions as the rows of a matrix."""
 
     def __init__(self, conv: nn.Conv2d):
-        super().__init__(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device='meta')
-        self.weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
-        self.bias = conv.bias  # type: ignore[assignment]  # may be None
+        super().__init__(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None, device='meta')
+        self.weight, self.bias = conv.weight, conv.bias
         self.train(conv.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
-
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The same of the rows of a matrix (N, C)."""
-        return F.linear(x, self.weight, self.bias)
+        """Outputs (N, out) for N positions (N, in)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
     def of_few(self, x: torch.Tensor) -> torch.Tensor:
-        """The same of maps in channels-last order, where they have few positions by `of_rows`."""
+        """Outputs for maps in channels-last order, where these have few positions by `of_rows`."""
         batch, chs, height, width = x.shape
         if batch * height * width > _FEW_POSITIONS:
             return self(x)
-        return self.of_rows(x.permute(0, 2, 3, 1).reshape(-1, chs)).view(batch, height, width, -1).permute(0, 3, 1, 2)
+        rows = self.of_rows(x.permute(0, 2, 3, 1).reshape(-1, chs))
+        return rows.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class _PReLUFunction(torch.autograd.Function):

@@ -53,9 +53,10 @@ class CosineHarmonyLoss(nn.Module):
     * ``'paper'``: alpha * intra / var + (1 - alpha) * inter. Equation (6) as printed; minimising it pulls features
       toward wrong centers. var is biased.
 
-    The last two have a minimum that nobody wants: the features of all classes in one direction, which is opposite to
-    all centers, their own too ('intended': the pull to it is divided by the variance, which grows meanwhile), or that
-    of all centers ('paper'). With 'reference' the random centers, which are nearly orthogonal, keep classes apart.
+    The last two drive the features of all classes into one direction, which is opposite to all centers, their own too
+    ('intended': the pull to it is divided by the variance, which grows meanwhile), or that of all centers ('paper').
+    With 'reference' nothing drives classes together, and centers that begin nearly orthogonal keep them apart; nothing
+    but the classification loss would hold learned centers apart, though.
 
     A batch of one has no variance: its intra-class term is not divided.
 

@@ -95,11 +95,11 @@ class LoweredBottleneck(nn.Module):
     def __init__(self, block: FusedBottleneck, runtime: str):
         super().__init__()
         self.residual = block.residual
-        chs = _whole_blocks(block.expand.out_features)
-        self.expand = _lower_act(_padded(block.expand, block.expand.in_features, chs), block, runtime)
+        chs = _whole_blocks(block.expand.out_channels)
+        self.expand = _lower_act(_padded(block.expand, block.expand.in_channels, chs), block, runtime)
         self.conv_dw = _padded(block.conv_dw, chs, chs)
         self.gates = LoweredGates(block.reduce, block.gate_h, block.gate_w, chs, runtime)
-        self.project = _padded(block.project, chs, block.project.out_features)
+        self.project = _padded(block.project, chs, block.project.out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv_dw(self.expand(x))
@@ -123,9 +123,9 @@ class LoweredGates(nn.Module):
 
     def __init__(
             self,
-            reduce: nn.Conv2d | nn.Linear,
-            gate_h: nn.Conv2d | nn.Linear,
-            gate_w: nn.Conv2d | nn.Linear,
+            reduce: nn.Conv2d,
+            gate_h: nn.Conv2d,
+            gate_w: nn.Conv2d,
             chs: int,
             runtime: str,
             strips: Sequence[nn.Conv2d] | None = None,
@@ -136,8 +136,7 @@ class LoweredGates(nn.Module):
         self.resize = runtime == 'onnxruntime'
         self.pool_first = self.resize or strips is not None
         self.strips = nn.ModuleList(strips) if strips is not None else None
-        rd_chs = len(reduce.weight)
-        rd_chs = _whole_blocks(rd_chs) if self.resize else rd_chs
+        rd_chs = _whole_blocks(reduce.out_channels) if self.resize else reduce.out_channels
         self.conv1 = _padded(reduce, chs, rd_chs)
         self.act = nn.Hardswish()
         self.conv_h = _padded(gate_h, rd_chs, chs)
@@ -235,19 +234,15 @@ def _whole_blocks(chs: int) -> int:
     return -(-chs // BLOCK) * BLOCK
 
 
-def _padded(layer: nn.Conv2d | nn.Linear, in_chs: int, out_chs: int) -> nn.Conv2d:
-    """A copy as a convolution with zeros for additional channels, and always with a bias."""
-    if isinstance(layer, nn.Linear):
-        out, weight = nn.Conv2d(in_chs, out_chs, 1), layer.weight[:, :, None, None]
-    else:
-        weight = layer.weight
-        out = nn.Conv2d(
-            in_chs, out_chs, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
-            groups=out_chs if layer.groups > 1 else 1)
+def _padded(conv: nn.Conv2d, in_chs: int, out_chs: int) -> nn.Conv2d:
+    """A copy of a convolution with zeros for additional channels, and always with a bias."""
+    out = nn.Conv2d(
+        in_chs, out_chs, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+        groups=out_chs if conv.groups > 1 else 1)
     assert out.bias is not None
     out.weight.zero_()
-    out.weight[:len(weight), :weight.shape[1]] = weight
+    out.weight[:conv.out_channels, :conv.weight.shape[1]] = conv.weight
     out.bias.zero_()
-    if layer.bias is not None:
-        out.bias[:len(weight)] = layer.bias
+    if conv.bias is not None:
+        out.bias[:conv.out_channels] = conv.bias
     return out

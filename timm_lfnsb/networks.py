@@ -46,7 +46,7 @@ from .layers import (
     RepVggDw,
     StemConv,
     StripGates,
-    eager_on_cpu,
+    eager_inference_on_cpu,
     fold_norm,
     spatial_size,
 )
@@ -77,23 +77,32 @@ class MixedBottleneck(nn.Module):
 
     def fuse(self) -> nn.Module:
         for part in (self.expand, self.conv_dw, self.attn, self.project):
-            part.reparameterize()
-        return FusedBottleneck(self) if {type(m) for m in self.modules()} <= _PLAIN_LAYERS else self
+            if hasattr(part, 'reparameterize'):
+                part.reparameterize()
+        return FusedBottleneck(self) if self._is_as_built() else self
 
-
-# What FusedBottleneck can call without the modules: nothing that a user has put into their place.
-_PLAIN_LAYERS = {
-    MixedBottleneck, ConvNormAct, MixedDepthwiseConv, CoordAttn, PReLU,
-    nn.Conv2d, nn.Hardswish, nn.Identity, nn.ModuleList,
-}
+    def _is_as_built(self) -> bool:
+        """Whether a fused block may call the parts its own way: nobody has put others into their places."""
+        built = [
+            (self.expand, ConvNormAct), (self.project, ConvNormAct), (self.conv_dw, MixedDepthwiseConv),
+            (self.attn, CoordAttn), (getattr(self.expand, 'act', None), PReLU),
+            (getattr(self.attn, 'act', None), nn.Hardswish),
+        ]
+        if not all(type(part) is kind for part, kind in built) or hasattr(self.project, 'act'):
+            return False
+        convs = [self.expand.conv, self.project.conv, self.attn.conv1, self.attn.conv_h, self.attn.conv_w]
+        if {type(module) for module in (*convs, *self.conv_dw.convs)} != {nn.Conv2d} or len(self.conv_dw.convs) > 1:
+            return False
+        return not any(isinstance(part, nn.BatchNorm2d) for part in self.modules()) and all(
+            (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1) for conv in convs)
 
 
 class FusedBottleneck(nn.Module):
     """A mixed bottleneck after `reparameterize_model`: the same function, called without its modules.
 
-    At batch 1 on a CPU starting the operators takes longer than their arithmetic. So the 1x1 convolutions are linear
-    layers, which start sooner, and what can be computed in place is. Large batches go through in parts there, so that
-    the wide maps inside the block stay in the cache.
+    At batch 1 on a CPU starting the operators takes longer than their arithmetic. So few positions go through the 1x1
+    convolutions as matrices, which starts sooner, and what can be computed in place is; hooks on the parts do not see
+    all of that. Large batches go through in parts there, so that the wide maps inside the block stay in the cache.
     """
 
     part_bytes = 8_000_000
@@ -113,8 +122,8 @@ class FusedBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if eager_on_cpu(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
-                widest = self.expand.out_features * x.shape[2] * x.shape[3] * x.element_size()
+            if eager_inference_on_cpu(x):
+                widest = self.expand.out_channels * x.shape[2] * x.shape[3] * x.element_size()
                 count = max(1, self.part_bytes // widest)
                 if count < x.shape[0]:
                     return torch.cat([self.forward_in_place(part) for part in x.split(count)])

@@ -82,6 +82,9 @@ def push(
     """
     if repo_id is None:
         if source not in embedded_weights():
+            if not Path(source).exists():
+                raise PushError(
+                    f"there is no folder {source}, and the embedded weights are {', '.join(embedded_weights())}.")
             raise PushError(f'{source} needs a repository to go to: name one with --repo-id ORG/NAME.')
         repo_id = hub_id(source)
     _check_repo_id(repo_id)

@@ -15,7 +15,7 @@ import click
               help="OpenCV's frontal face cascade, or none for images that are faces already.")
 @click.option('--margin', type=float, metavar='FRACTION',
               help='Fraction of the found box to add on each side; negative cuts tighter. [default: 0]')
-@click.option('--json', 'as_json', is_flag=True, help='One JSON object an image a line.')
+@click.option('--json', 'as_json', is_flag=True, help='One JSON object an image a line: its faces, or its error.')
 @click.option('--annotate', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
               help='Write pictures with boxes and probability bars there.')
 @click.option('--batch-size', default=32, show_default=True, type=click.IntRange(min=1))
@@ -26,8 +26,8 @@ def predict(
 ) -> None:
     """Find the faces in images and name their expressions.
 
-    Folders are searched recursively. An image that cannot be read is reported, the others go on, and the exit code
-    is 1. Boxes are pixels of the upright image: left,top widthxheight.
+    Folders are searched recursively. An image that cannot be read, or a folder without any, is reported, the others
+    go on, and the exit code is 1. Boxes are pixels of the upright image: left,top widthxheight.
     """
     import json
 
@@ -47,10 +47,14 @@ def predict(
         raise click.UsageError('--margin needs a detector: with --detector none the whole image is the face.')
     if annotate and any(path.is_dir() and path.resolve() == annotate.resolve() for path in images):
         raise click.UsageError('--annotate needs another folder than the one the images are in.')
-    try:
-        found = find_images(images, skip=annotate)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
+    found, problems = [], []
+    for path in images:
+        try:
+            found += find_images([path], skip=annotate)
+        except ValueError as error:
+            problems.append(str(error))
+    if not found:
+        raise click.ClickException(' '.join(problems))
     try:
         network = model if is_exported(model) else load_model(model)
     except Exception as error:  # timm, the Hub and the file formats each raise types of their own
@@ -73,7 +77,9 @@ def predict(
         widths = name_width, 4, 19, label_width, 5, 0
         click.echo('  '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)).rstrip())
 
-    failed = False
+    for problem in problems:
+        click.echo(problem, err=True)
+    failed = bool(problems)
     if not as_json:
         row('image', 'face', 'box', 'expression', 'score', 'runner-up')
     # On a terminal only, and not for a few single images.
@@ -84,6 +90,8 @@ def predict(
             with tqdm.external_write_mode():
                 if isinstance(faces, ImageError):
                     click.echo(str(faces), err=True)
+                    if as_json:
+                        click.echo(json.dumps({'image': str(path), 'error': str(faces)}))
                     failed = True
                     continue
                 if as_json:
