@@ -156,6 +156,10 @@ def test_what_was_not_measured_is_not_there(info):
     taught['runs'][0]['settings']['kd_model_name'] = 'resnet50'
     assert 'No other images were used' in text
     assert 'Other images may be behind the teacher `resnet50`' in card.render_card(taught)
+    for number, model, outside in ((0, 'lfnsb', True), (-1, 'lfnsb', False), (-1, 'resnet18', True)):
+        begun = copy.deepcopy(bare)
+        begun['runs'][number]['settings'].update(model=model, pretrained=True)
+        assert (f'Other images may be behind pretrained `{model}`' in card.render_card(begun)) == outside
 
 
 def test_speed_comes_from_benchmark_reports_alone(tmp_path):

@@ -348,7 +348,7 @@ def test_a_failing_exporter_is_one_sentence(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(out='m.bin'), 'end m.bin in one of'),
+    (dict(out='m.bin'), 'm.bin: end it in one of'),
     (dict(out='m'), 'format is not clear'),
     (dict(out='m.onnx', format='openvino'), 'ends in .xml'),
     (dict(out='m.onnx', format='tflite'), "no format 'tflite'"),

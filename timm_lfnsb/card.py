@@ -170,7 +170,7 @@ def _render_embedded(info: dict[str, Any], repo_id: str | None) -> str:
         main=splits['test'], paper=PAPER.get(arch), temperature=info.get('temperature'),
         calibration=info.get('calibration'), robustness=info.get('robustness'), speed=speed_table(name),
         notes=info.get('notes', []),
-        outside=sorted({_outside(run['settings']) for run in info['runs']} - {''}),
+        outside=sorted({_outside(run['settings'], info['runs'][:i]) for i, run in enumerate(info['runs'])} - {''}),
         run_rows=[_run_row(run, info['input_size']) for run in info['runs']],
         train_counts=', '.join(f'{label} {count:,}' for label, count in data['splits']['train']['counts'].items()))
 
@@ -210,11 +210,12 @@ def _render(
     return f'---\n{data.to_yaml()}\n---\n\n{body.strip()}\n'
 
 
-def _outside(settings: dict[str, Any]) -> str:
-    """What a run learned from that may have seen other images."""
+def _outside(settings: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> str:
+    """What a run learned from that may have seen other images; pretrained weights of this zoo are the earlier runs'."""
     if settings.get('kd_model_name'):
         return f"the teacher `{settings['kd_model_name']}`"
-    return f"pretrained `{settings['model']}`" if settings.get('pretrained') else ''
+    own = earlier and str(settings['model']).split('.')[0] in default_cfgs
+    return f"pretrained `{settings['model']}`" if settings.get('pretrained') and not own else ''
 
 
 def _tags(arch: str, labels: Sequence[str]) -> list[str]:
