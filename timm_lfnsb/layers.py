@@ -23,12 +23,12 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 |---|---|---|
 | separate calls of 17 operators | 1.71 | 1.59 |
 | few positions as linear layers, widest maps in parts of 8 MB | 1.54-1.71 | 1.46-1.56 |
-| ... no module calls and views that can be spared, in place what can be (**taken**) | 1.42 | 1.37 |
+| ... no module calls and views that can be spared, in place what can be (**taken**), by `bench` | 1.64 | 1.50 |
 | ... and weights of depthwise convolutions prepared beforehand, by torch's internal operators | 0.04-0.08 less | |
 | ... and both strips concatenated, or both gates by one product of matrices | 0.02-0.05 more | |
 | parts of 1.5, 3, 6, 12 MB, when whole batches took 1.62 | | 1.86, 1.53, 1.42, 1.40 |
 | both strips by one product with a constant matrix | 1.14 times as long | 1.09 times |
-| another function: without attention and PReLU (`bench --floor`) | 1.05 | 1.22 |
+| another function: without attention and PReLU (`bench --floor`) | 1.11 | 1.30 |
 """
 import copy
 from typing import Any
