@@ -13,18 +13,18 @@ from torch import nn
 
 from .layers import CoordAttn, eager_inference_on_cpu
 from .lowering import LoweredBottleneck, lower_network
-from .networks import FusedBottleneck, MixedFeatureNet
+from .networks import FusedBottleneck, MixedFeatureNet, pointwise_conv
 
 
 class _BareBottleneck(FusedBottleneck):
     """Convolutions and residual of a fused block."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if eager_inference_on_cpu(x):
-            y = self.project.of_few(self.conv_dw(self.expand.of_few(x)))
-            return y.add_(x) if self.residual else y
-        y = self.project(self.conv_dw(self.expand(x)))
-        return y + x if self.residual else y
+        pointwise = self.pointwise_in_place if eager_inference_on_cpu(x) else pointwise_conv
+        y = pointwise(x, self.expand_weight, self.expand_bias)
+        y = torch.conv2d(y, self.dw_weight, None, self.stride, self.padding, 1, self.mid_chs)
+        y = pointwise(y, self.project_weight, self.project_bias)
+        return y.add_(x) if self.residual else y
 
 
 class _NoGates(nn.Module):
@@ -38,7 +38,7 @@ def bare_network(model: MixedFeatureNet) -> nn.Module:
     for parent in list(bare.modules()):
         for name, child in parent.named_children():
             if isinstance(child, FusedBottleneck):
-                child.__class__ = _BareBottleneck  # its parts are already the fused ones
+                child.__class__ = _BareBottleneck
             elif isinstance(child, nn.PReLU):
                 setattr(parent, name, nn.Identity())
     return bare

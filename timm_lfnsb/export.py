@@ -34,7 +34,6 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import reparameterize_model
 
 from .labels import model_label_names
 from .lowering import lower_network
@@ -186,10 +185,7 @@ def export_model(
 
     plain = copy.deepcopy(model).cpu().float()
     try:
-        if format in ('onnx', 'openvino'):
-            lowered = lower_network(plain, 'onnxruntime' if format == 'onnx' else 'openvino')
-        else:
-            lowered = reparameterize_model(plain.eval()).eval()
+        lowered = lower_network(plain, {'onnx': 'onnxruntime', 'openvino': 'openvino'}.get(format, 'torch'))
     except Exception as error:
         raise ExportError(f'the model cannot be reparameterised: {_one_line(error)}') from error
     if precision == 'fp16' and format == 'torch-export':

@@ -45,7 +45,6 @@ __all__ = [
     'CoordAttn',
     'MixedDepthwiseConv',
     'PReLU',
-    'Pointwise',
     'RepVggDw',
     'StemConv',
     'StripGates',
@@ -123,31 +122,6 @@ def eager_inference_on_cpu(x: torch.Tensor) -> bool:
 def _eager_training_on_cpu(x: torch.Tensor) -> bool:
     """Whether a gradient of our own is wanted: compilers make a good one themselves, and other devices have one."""
     return eager_on_cpu(x) and torch.is_grad_enabled()
-
-
-# Positions up to which a linear layer is faster on a CPU, which starts without a convolution's preparation of weights.
-_FEW_POSITIONS = 1024
-
-
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution that can take few positions as the rows of a matrix."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None, device='meta')
-        self.weight, self.bias = conv.weight, conv.bias
-        self.train(conv.training)
-
-    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, out) for N positions (N, in)."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-    def of_few(self, x: torch.Tensor) -> torch.Tensor:
-        """Outputs for maps in channels-last order, where these have few positions by `of_rows`."""
-        batch, chs, height, width = x.shape
-        if batch * height * width > _FEW_POSITIONS:
-            return self(x)
-        rows = self.of_rows(x.permute(0, 2, 3, 1).reshape(-1, chs))
-        return rows.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class _PReLUFunction(torch.autograd.Function):

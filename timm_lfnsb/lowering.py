@@ -49,7 +49,11 @@ from timm.models import reparameterize_model
 from .layers import ConvNormAct
 from .networks import DirectionAttention, FusedBottleneck, MixedFeatureNet, SpatialBiasHead
 
-RUNTIMES = ('onnxruntime', 'openvino')
+RUNTIMES = ('onnxruntime', 'openvino', 'torch')
+"""'torch' stands for exported programs of torch: torch.export, ExecuTorch."""
+
+# The weight of a convolution, (out, in) of a 1x1, and its bias.
+Layer = tuple[torch.Tensor, torch.Tensor | None]
 
 BLOCK = 16
 """Channels that the runtimes' blocked layouts keep together; where a layer's do not divide by it, it is padded."""
@@ -82,24 +86,28 @@ def _lower_children(module: nn.Module, runtime: str) -> None:
         elif isinstance(child, DirectionAttention):
             strips = [child.strip_h.conv, child.strip_w.conv]
             setattr(module, name, LoweredGates(
-                child.conv1, child.conv_h, child.conv_w, strips[0].out_channels, runtime, strips))
+                (child.conv1.weight, child.conv1.bias), (child.conv_h.weight, child.conv_h.bias),
+                (child.conv_w.weight, child.conv_w.bias), strips[0].out_channels, runtime, strips))
         elif isinstance(child, ConvNormAct):
-            setattr(module, name, _lower_act(child.conv, child, runtime))
+            if hasattr(child, 'act'):
+                setattr(module, name, _lower_act(child.conv, child.act.weight, runtime))
         else:
             _lower_children(child, runtime)
 
 
 class LoweredBottleneck(nn.Module):
-    """A mixed bottleneck whose channels are padded to whole blocks."""
+    """A mixed bottleneck of convolutions, for blocked layouts padded to whole blocks of channels."""
 
     def __init__(self, block: FusedBottleneck, runtime: str):
         super().__init__()
         self.residual = block.residual
-        chs = _whole_blocks(block.expand.out_channels)
-        self.expand = _lower_act(_padded(block.expand, block.expand.in_channels, chs), block, runtime)
-        self.conv_dw = _padded(block.conv_dw, chs, chs)
-        self.gates = LoweredGates(block.reduce, block.gate_h, block.gate_w, chs, runtime)
-        self.project = _padded(block.project, chs, block.project.out_channels)
+        chs = block.mid_chs if runtime == 'torch' else _whole_blocks(block.mid_chs)
+        self.expand = _lower_act(_conv((block.expand_weight, block.expand_bias), out_chs=chs), block.slopes, runtime)
+        self.conv_dw = _conv((block.dw_weight, None), chs, chs, block.stride, block.padding)
+        self.gates = LoweredGates(
+            (block.reduce_weight, block.reduce_bias), (block.gate_h_weight, block.gate_h_bias),
+            (block.gate_w_weight, block.gate_w_bias), chs, runtime)
+        self.project = _conv((block.project_weight, block.project_bias), in_chs=chs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv_dw(self.expand(x))
@@ -123,9 +131,9 @@ class LoweredGates(nn.Module):
 
     def __init__(
             self,
-            reduce: nn.Conv2d,
-            gate_h: nn.Conv2d,
-            gate_w: nn.Conv2d,
+            reduce: Layer,
+            gate_h: Layer,
+            gate_w: Layer,
             chs: int,
             runtime: str,
             strips: Sequence[nn.Conv2d] | None = None,
@@ -134,13 +142,13 @@ class LoweredGates(nn.Module):
         # ONNX Runtime fuses the hard-swish into a convolution right before it, and leaves its layout for a broadcast
         # but not for a Resize; for OpenVINO broadcasts are free, and pooling costs less behind the convolution.
         self.resize = runtime == 'onnxruntime'
-        self.pool_first = self.resize or strips is not None
+        self.pool_first = runtime != 'openvino' or strips is not None
         self.strips = nn.ModuleList(strips) if strips is not None else None
-        rd_chs = _whole_blocks(reduce.out_channels) if self.resize else reduce.out_channels
-        self.conv1 = _padded(reduce, chs, rd_chs)
+        rd_chs = _whole_blocks(len(reduce[0])) if self.resize else len(reduce[0])
+        self.conv1 = _conv(reduce, chs, rd_chs)
         self.act = nn.Hardswish()
-        self.conv_h = _padded(gate_h, rd_chs, chs)
-        self.conv_w = _padded(gate_w, rd_chs, chs)
+        self.conv_h = _conv(gate_h, rd_chs, chs)
+        self.conv_w = _conv(gate_w, rd_chs, chs)
 
     def factors(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The gates (B, C, H, 1) and (B, C, 1, W), for ONNX Runtime both as (B, C, H, W)."""
@@ -175,12 +183,12 @@ class ReluPReLU(nn.Module):
     def __init__(self, conv: nn.Conv2d, slopes: torch.Tensor):
         super().__init__()
         chs = conv.out_channels
-        self.conv = _padded(conv, conv.in_channels, chs)
+        self.conv = _conv((conv.weight, conv.bias), stride=conv.stride, padding=conv.padding)
         self.linear = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
         self.gain: nn.Conv2d | None = None
         if bool((slopes < 0.99).all()):
             self.conv.weight.mul_((1 - slopes).view(-1, 1, 1, 1))
-            self.conv.bias.mul_(1 - slopes)  # type: ignore[union-attr]  # _padded gives one
+            self.conv.bias.mul_(1 - slopes)  # type: ignore[union-attr]  # _conv gives one
             slopes = slopes / (1 - slopes)
         else:
             self.gain = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
@@ -206,11 +214,8 @@ class PooledMap(nn.Module):
         return F.avg_pool2d(x, ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2)).flatten(1)
 
 
-def _lower_act(conv: nn.Conv2d, layer: ConvNormAct | FusedBottleneck, runtime: str) -> nn.Module:
-    act = getattr(layer, 'act', None)
-    if act is None:
-        return conv
-    slopes = F.pad(act.weight, (0, conv.out_channels - act.weight.numel()))
+def _lower_act(conv: nn.Conv2d, slopes: torch.Tensor, runtime: str) -> nn.Module:
+    slopes = F.pad(slopes, (0, conv.out_channels - slopes.numel()))
     if runtime == 'onnxruntime':
         return ReluPReLU(conv, slopes)
     prelu = nn.PReLU(conv.out_channels)
@@ -234,15 +239,26 @@ def _whole_blocks(chs: int) -> int:
     return -(-chs // BLOCK) * BLOCK
 
 
-def _padded(conv: nn.Conv2d, in_chs: int, out_chs: int) -> nn.Conv2d:
-    """A copy of a convolution with zeros for additional channels, and always with a bias."""
-    out = nn.Conv2d(
-        in_chs, out_chs, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-        groups=out_chs if conv.groups > 1 else 1)
-    assert out.bias is not None
-    out.weight.zero_()
-    out.weight[:conv.out_channels, :conv.weight.shape[1]] = conv.weight
-    out.bias.zero_()
-    if conv.bias is not None:
-        out.bias[:conv.out_channels] = conv.bias
-    return out
+def _conv(
+        layer: Layer,
+        in_chs: int | None = None,
+        out_chs: int | None = None,
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] | str = (0, 0),
+) -> nn.Conv2d:
+    """A convolution, depthwise where the weight has one input channel; zeros for additional channels."""
+    weight, bias = layer
+    if weight.dim() == 2:
+        weight = weight[:, :, None, None]
+    depthwise = weight.shape[1] == 1
+    in_chs, out_chs = in_chs or weight.shape[1], out_chs or len(weight)
+    conv = nn.Conv2d(
+        out_chs if depthwise else in_chs, out_chs, weight.shape[2:], stride, padding,  # type: ignore[arg-type]
+        groups=out_chs if depthwise else 1)
+    assert conv.bias is not None
+    conv.weight.zero_()
+    conv.weight[:len(weight), :weight.shape[1]] = weight
+    conv.bias.zero_()
+    if bias is not None:
+        conv.bias[:len(weight)] = bias
+    return conv
