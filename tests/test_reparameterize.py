@@ -209,6 +209,16 @@ def test_coordinate_attention_is_timms(training):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
+def test_training_stays_in_channels_last_order(memory_format):
+    """Whatever the order of the weights: products of a map and gates in another order are slow."""
+    attention = CoordAttn(16, 8).train().to(memory_format=memory_format)
+    strips = torch.randn(2, 16, 5, 6).contiguous(memory_format=torch.channels_last)
+    gate_h, gate_w = attention.gates(strips.mean(3, keepdim=True), strips.mean(2, keepdim=True))
+    assert gate_h.shape == (2, 16, 5, 1) and gate_w.shape == (2, 16, 1, 6)
+    assert gate_h.stride(1) == gate_w.stride(1) == 1
+
+
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('layer', [PReLU(3), CoordAttn(3, 2)], ids=['prelu', 'attention'])
 def test_second_derivatives(layer, training):

@@ -276,15 +276,15 @@ class StripGates(nn.Module):
 
     def gates(self, x_h: torch.Tensor, x_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, 1) and (B, C, 1, W) -> two tensors of these shapes between 0 and 1."""
-        if self.training:  # one batch norm over both strips
+        if self.training:  # one batch norm over both strips, of one direction, so that all is in the maps' order
             height, width = x_h.shape[2], x_w.shape[3]
-            strips = torch.cat([x_h, x_w.transpose(2, 3)], dim=2)
+            strips = channels_last_on_cpu(torch.cat([x_h, x_w.transpose(2, 3)], dim=2))
             strips = self.act(self.bn1(self.conv1(strips)))
             x_h, x_w = torch.split(strips, [height, width], dim=2)
-            x_w = x_w.transpose(2, 3)
-        else:  # the same with running statistics
-            x_h = self.act(self.bn1(self.conv1(x_h)))
-            x_w = self.act(self.bn1(self.conv1(x_w)))
+            return self.conv_h(x_h).sigmoid(), self.conv_w(x_w).sigmoid().transpose(2, 3)
+        # The same with running statistics.
+        x_h = self.act(self.bn1(self.conv1(x_h)))
+        x_w = self.act(self.bn1(self.conv1(x_w)))
         return self.conv_h(x_h).sigmoid(), self.conv_w(x_w).sigmoid()
 
     def reparameterize(self) -> None:
