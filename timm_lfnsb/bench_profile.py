@@ -70,7 +70,7 @@ def profile_openvino(path: str | Path, images: np.ndarray, threads: int) -> Prof
         request.infer([images])
         nodes += [
             (info.node_type, 1, info.real_time.total_seconds() * 1000)
-            for info in request.profiling_info if info.real_time.total_seconds()]
+            for info in request.profiling_info if info.status == info.Status.EXECUTED]
     return _entries(nodes)
 
 
