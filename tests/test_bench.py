@@ -68,6 +68,7 @@ def test_summary_recomputed():
     matmul = Subject(lambda: None, {'flops': 6e9}, rounds=[1., 2., 3., 4., 5.])
     bench.summarise([slow, fast], matmul, {'a': 50_000_000, 'b': 10}, 'b')
     assert slow.row['ratio']['median'] == pytest.approx(statistics.median([2, 2, 2, 4, 2]))
+    assert slow.row['ratio']['rounds'] == pytest.approx([2, 2, 2, 4, 2])
     assert slow.row['ms_per_image']['median'] == pytest.approx(1000 * 0.6 / 4)
     assert slow.row['ms_per_image']['q1'] == pytest.approx(100) and slow.row['ms_per_image']['min'] == 1000 * 0.2 / 4
     assert slow.row['images_per_second'] == pytest.approx(4 / 0.6)
@@ -264,11 +265,14 @@ def test_run(tmp_path):
     assert torch.get_num_threads() == threads and os.environ.get('TORCHINDUCTOR_CACHE_DIR') == cache
     rows = report['results']
     predictions = [row for row in rows if row['task'] == 'predict']
-    # two batches, two memory formats: mobilefacenet in three forms, and the peer
-    assert len(predictions) == 2 * 2 * 4 and len(rows) - len(predictions) == 2 * 3
+    # two batches, two memory formats: mobilefacenet in two forms, and the peer; textbook parts in torch's own format
+    assert len(predictions) == 2 * (2 * 3 + 1) and len(rows) - len(predictions) == 2 * 2 + 1
     assert all(row['ms_per_image']['median'] > 0 and row['rounds'] >= 2 and 'error' not in row for row in rows)
     assert all(row['difference'] < 1e-4 for row in predictions)
-    assert sum(row['best'] for row in rows) == len(rows) / 2
+    assert sum(row['best'] for row in rows) == 2 * 4 + 3
+    assert {row['memory_format'] for row in rows if row['form'] == 'unoptimised'} == {'contiguous'}
+    assert set(report['sharing_us']) == {bench.group_name(row['task'], 'eager', row['batch']) for row in rows}
+    assert not any(report['sharing_us'].values())  # on one thread
     assert report['machine']['threads'] == 1 and report['machine']['cpu']
     assert report['versions']['torch'] == version('torch') and report['versions']['timm'] == version('timm')
     assert report['settings']['peer'] == TINY and list(report['models']) == [SMALL, TINY]
@@ -536,6 +540,25 @@ def test_tables_show_the_better_rows():
     assert table[0] == '| model | PyTorch eager, batch 1 | PyTorch eager, batch 32 |'
     assert table[2] == '| `lfnsb` | 12.3 ms (0.33) | 12.3 ms (0.33) |'
     assert '| `lfnsb` | 12.3 ms (0.33) |' in table  # training steps, in a table of their own
+
+
+def test_ratios_while_threads_share_quickly_and_slowly():
+    report = made_up_report()
+    assert bench_report.ratios_by_sharing(report) == []  # of a report before there were such times
+    for row in report['results']:
+        if row['task'] == 'predict' and row['batch'] == 1:
+            row['ratio']['rounds'] = [1., 3., 1.2, 3.2, 1.4]
+    report['sharing_us'] = {'PyTorch eager, batch 1': [5., 9., 5.1, 8., 5.9], 'PyTorch eager, batch 32': [5.]}
+    first, *others = bench_report.ratios_by_sharing(report)
+    assert first[0]['model'] == 'lfnsb' and first[1:] == ([1., 1.2, 1.4], [3., 3.2])
+    assert TINY not in [row['model'] for row, _, _ in others]
+    text = bench_report.format_report(report)
+    assert 'up to 6.0 us' in text and '1.20 (3 rounds)  3.10 (2 rounds)' in text
+    assert max(map(len, text.splitlines())) <= 100
+    table = bench_report.format_markdown(report)
+    assert '| `lfnsb`, plain, PyTorch eager, batch 1 | 1.20 (3 rounds) | 3.10 (2 rounds) |' in table
+    report['sharing_us'] = {'PyTorch eager, batch 1': [5., 5.1, 5.2, 5.1, 5.9]}  # one kind only: nothing to tell apart
+    assert bench_report.ratios_by_sharing(report) == []
 
 
 @pytest.mark.parametrize('value, text', [

@@ -7,6 +7,9 @@ How it measures, since all of this changes the figures:
   and a ratio is taken round by round. Ratios to a peer can be compared between runs and commits on one machine,
   milliseconds cannot.
 * Rounds go on until each network had its time, and up to three times as long where the rounds differ by much.
+* So does an operator just large enough for two threads. On a virtual machine its time has steps: the host moves cores
+  between parts of the processor that share a cache and parts that do not, every few minutes, and networks of many small
+  operators feel it more than others. The report tells the rounds of either kind apart.
 * A matrix product runs in the same rounds: the arithmetic the machine can do in that moment. GFLOP/s of a network
   count two operations for each multiply-accumulate of its plain form, whatever form is measured.
 * Everything that is timed must give the outputs of the plain network in eager mode, or it is reported as failed. The
@@ -231,7 +234,7 @@ def create_network(
 def unoptimise(model: MixedFeatureNet) -> nn.Module:
     """The same network from textbook parts, to compare with: a copy that computes the same.
 
-    timm's own coordinate attention, torch's PReLU, the memory format of the input; nothing is folded.
+    timm's own coordinate attention, torch's PReLU, torch's own memory format; nothing is folded.
     """
     from timm.layers import create_attn
 
@@ -429,6 +432,17 @@ def matmul_subject(device: str, amp: bool) -> Subject:
     return Subject(product, {'flops': 2 * size ** 3})
 
 
+def sharing_subject() -> Subject:
+    """An operator on two pieces of the least size that torch gives to threads of their own: 65538 multiplications."""
+    values = torch.zeros(2 * 32769)
+
+    def multiply() -> None:
+        with torch.inference_mode():
+            values.mul_(1.)
+
+    return Subject(multiply, {})
+
+
 def summarise(subjects: Sequence[Subject], matmul: Subject, macs: dict[str, int], peer: str | None) -> None:
     """Turn the rounds of one group into figures in the subjects' rows.
 
@@ -467,7 +481,8 @@ def summarise(subjects: Sequence[Subject], matmul: Subject, macs: dict[str, int]
     for subject in subjects:
         ratios = np.asarray(subject.rounds[:count]) / np.asarray(reference.rounds[:count])
         low, median, high = (float(value) for value in np.percentile(ratios, (25, 50, 75)))
-        subject.row['ratio'] = {'median': median, 'q1': low, 'q3': high}
+        subject.row['ratio'] = {
+            'median': median, 'q1': low, 'q3': high, 'rounds': [round(float(ratio), 4) for ratio in ratios]}
 
 
 # --- the whole run ----------------------------------------------------------------------------------------------------
@@ -657,7 +672,12 @@ class _Run:
                 if 'convolutions' in network.forms:
                     forms['convolutions'] = bare_training(network.plain)  # type: ignore[arg-type]
             for form, model in forms.items():
-                for memory_format in [None] if runtime in EXPORTED else self.settings.memory_formats:
+                formats: Sequence[str | None] = self.settings.memory_formats
+                if runtime in EXPORTED:
+                    formats = [None]
+                elif form == 'unoptimised':
+                    formats = ['contiguous']
+                for memory_format in formats:
                     row: dict[str, Any] = {
                         'task': task, 'runtime': runtime, 'batch': batch, 'model': network.spec.label, 'form': form,
                         'memory_format': memory_format, 'best': False,
@@ -669,10 +689,14 @@ class _Run:
                         row['error'] = one_line(error).replace(f'{self.folder}{os.sep}', '')
                         self.progress(f'  {network.spec.label} failed: {row["error"]}')
         matmul = matmul_subject(self.settings.device, self.settings.amp)
+        sharing = [sharing_subject()] if self.settings.device == 'cpu' and self.threads > 1 else []
         try:
             if subjects:
-                interleave([*subjects, matmul], self.settings.seconds, self.settings.rounds, self.settings.device)
+                interleave(
+                    [*sharing, *subjects, matmul], self.settings.seconds, self.settings.rounds, self.settings.device)
         finally:
+            self.report['sharing_us'][group_name(task, runtime, batch)] = [
+                round(1e6 * seconds, 2) for subject in sharing for seconds in subject.rounds]
             macs = {network.spec.label: network.info['macs'] for network in self.networks}
             summarise(subjects, matmul, macs, self.peer)
         self.save(self.report)
@@ -901,6 +925,7 @@ def describe_run(settings: Settings, runtimes: Sequence[str], threads: int, peer
         'load': [_load()],
         'models': {},
         'results': [],
+        'sharing_us': {},
         'import': None,
     }
 

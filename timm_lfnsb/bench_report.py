@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,33 @@ def _form(row: dict[str, Any]) -> str:
     return known.get(row['form'], _shorten(row['form'], 6))
 
 
+def _sharing_limit(report: dict[str, Any]) -> float:
+    """Microseconds for an operator on two threads, up to which a round counts as one of quick threads."""
+    times = [time for rounds in report.get('sharing_us', {}).values() for time in rounds]
+    return 1.2 * min(times, default=0.)
+
+
+def ratios_by_sharing(report: dict[str, Any]) -> list[tuple[dict[str, Any], list[float], list[float]]]:
+    """Rows with their ratios in rounds of quick threads and in the others, where the whole run had some of both."""
+    limit = _sharing_limit(report)
+    found = []
+    for key, rows in groups(report).items():
+        times = report.get('sharing_us', {}).get(group_name(*key), [])
+        for row in rows:
+            if row['form'] == 'unoptimised' or report['models'][row['model']]['peer'] or not row.get('ratio'):
+                continue
+            quick: list[float] = []
+            slow: list[float] = []
+            for time, ratio in zip(times, row['ratio'].get('rounds', []), strict=False):
+                (quick if time <= limit else slow).append(ratio)
+            found.append((row, quick, slow))
+    return found if any(quick for _, quick, _ in found) and any(slow for _, _, slow in found) else []
+
+
+def _median(ratios: Sequence[float]) -> str:
+    return f'{statistics.median(ratios):.2f} ({len(ratios)} round{"s" if len(ratios) > 1 else ""})' if ratios else '-'
+
+
 def format_report(report: dict[str, Any]) -> str:
     """The report as tables for a terminal, 100 columns wide."""
     peer = report['settings']['peer']
@@ -98,6 +126,16 @@ def format_report(report: dict[str, Any]) -> str:
         seconds = [f'{row["model"]} {row["compile_seconds"]:.0f} s' for row in rows if 'compile_seconds' in row]
         if seconds:
             lines += textwrap.wrap(f'compiled in: {", ".join(seconds)}', WIDTH)
+    sharing = ratios_by_sharing(report)
+    if sharing:
+        limit = f'{_sharing_limit(report):.1f}'
+        lines += ['', *textwrap.wrap(SHARING_NOTE, WIDTH)]
+        lines.append(f'{"model":<{width}}  {"form":<6} {"":<35}{"up to " + limit + " us":>17}{"more":>17}')
+        for row, quick, slow in sharing:
+            name = group_name(row['task'], row['runtime'], row['batch'])
+            lines.append(
+                f'{_shorten(row["model"], width):<{width}}  {_form(row):<6} {_shorten(name, 35):<35}'
+                f'{_median(quick):>17}{_median(slow):>17}')
     for row in _profiled(report):
         name = group_name(row['task'], row['runtime'], row['batch'])
         lines += ['', *textwrap.wrap(f'where the time goes: {row["model"]}, {row["form"]}, {name}', WIDTH)]
@@ -145,6 +183,10 @@ def format_report(report: dict[str, Any]) -> str:
 FLOOR_NOTE = (
     'the network without PReLU and the attention of its blocks, which is another function: a floor for what the '
     'convolutions of this runtime can give.')
+
+SHARING_NOTE = (
+    'ratio by the time that an operator of 65538 multiplications takes on two threads or more: longer where their '
+    'cores share no cache, or other work disturbs them')
 
 PROFILE_SHARE = 0.02
 """Least share of an operator that is shown by its name."""
@@ -200,6 +242,13 @@ def format_markdown(report: dict[str, Any]) -> str:
     lines[-1:] = ['', 'Milliseconds an image' + (f', and the ratio to {peer} in brackets' if peer else '') + '.', '']
     if any(form == 'convolutions' for _, form in forms):
         lines += [f'"convolutions": {FLOOR_NOTE}', '']
+    sharing = ratios_by_sharing(report)
+    if sharing:
+        lines += [f'| ratio to {peer} in rounds of | up to {_sharing_limit(report):.1f} µs | more |', '|---|---|---|']
+        for row, quick, slow in sharing:
+            name = group_name(row['task'], row['runtime'], row['batch'])
+            lines.append(f'| `{row["model"]}`, {row["form"]}, {name} | {_median(quick)} | {_median(slow)} |')
+        lines += ['', SHARING_NOTE[0].upper() + SHARING_NOTE[1:] + '.', '']
     profiled = _profiled(report)
     if profiled:
         lines += ['| where the time goes | shares of the operators (calls) |', '|---|---|']
