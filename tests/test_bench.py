@@ -115,19 +115,6 @@ def test_rounds_are_taken_in_turns(monkeypatch):
     assert ''.join(calls).endswith('C' + 'AAABBBCCC' * 4)  # in each turn one untimed call and two timed ones
 
 
-def test_long_calls_have_no_untimed_one(monkeypatch):
-    calls: list[str] = []
-
-    def seconds_of(run, device):
-        run()
-        return 3.
-
-    monkeypatch.setattr(bench, 'seconds_of', seconds_of)
-    bench.interleave([Subject(lambda: calls.append('A'), {})], seconds=0.1, rounds=5)
-    warm_up = len(calls) - 5
-    assert warm_up >= 3 and calls.count('A') == warm_up + 5
-
-
 def test_rounds_go_on_while_they_differ(monkeypatch):
     times = itertools.cycle([0.1, 0.2])
 

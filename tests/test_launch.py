@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
+from timm_lfnsb import launch, memory
 from timm_lfnsb.balance import BalancedDataset
 from timm_lfnsb.label_check import warn_of_other_labels
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
@@ -472,3 +474,15 @@ def test_real_train_with_class_balance(timm_scripts, imbalanced_folder, tmp_path
         assert result.stderr.count('happiness 60 -> 26, neutral 15 -> 26, sadness 4 -> 26') == 1
         settings = yaml.safe_load((tmp_path / experiment / 'args.yaml').read_text())
         assert settings['balance_power'] == 1.0
+
+
+@pytest.mark.parametrize('device, keeps', [('cpu', True), ('cuda', False)])
+def test_training_on_a_cpu_keeps_freed_memory(device, keeps, monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: calls.append(device))
+    module = SimpleNamespace(parser=argparse.ArgumentParser())
+    module.parser.add_argument('--device', default='cuda')
+    launch.extend_train_script(module)
+    assert calls == []
+    module.parser.parse_args(['--device', device])
+    assert bool(calls) == keeps

@@ -14,6 +14,8 @@ How it measures, since all of this changes the figures:
   count two operations for each multiply-accumulate of its plain form, whatever form is measured.
 * Everything that is timed must give the outputs of the plain network in eager mode, or it is reported as failed. The
   floors of `timm_lfnsb.bench_floor` compute something else by design.
+* Training steps on a CPU come last, and freed memory is kept for them as in `timm-lfnsb run train.py`
+  (`timm_lfnsb.memory`): all networks alike.
 * Weights do not matter for speed, as long as activations have their usual size: networks without weights get batch
   norm statistics that see to it. Peers have 8 classes.
 * Cold start and peak memory are those of fresh processes, the cold start from the start of the process. For an exported
@@ -48,6 +50,7 @@ from torch import nn
 
 from . import bench_profile
 from .embedded import embedded_weights, weights_info
+from .memory import keep_freed_memory
 from .networks import MixedFeatureNet
 from .runtimes import ExportedModel, RuntimeFileError
 from .version import __version__
@@ -393,20 +396,16 @@ def interleave(subjects: Sequence[Subject], seconds: float, rounds: int, device:
         rounds: Least number of rounds.
         device: 'cpu' or 'cuda'.
     """
-    latency = []
     for subject in subjects:
         start, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - start < seconds / 4:
             last = seconds_of(subject.run, device)
             calls += 1
         subject.calls = max(1, math.ceil(seconds / rounds / last))
-        latency.append(last)
     done = 0
     while done < rounds or (done < 3 * rounds and any(_spread(subject.rounds) > NOISY for subject in subjects)):
-        for subject, last in zip(subjects, latency, strict=True):
-            if last < 0.2:
-                # Caches, and threads that others left spinning; a longer call does not feel them.
-                subject.run()
+        for subject in subjects:
+            subject.run()  # caches, memory, and threads that others left spinning
             times = [seconds_of(subject.run, device) for _ in range(subject.calls)]
             subject.rounds.append(float(np.median(times)))
             subject.fastest = min(subject.fastest, *times)
@@ -660,6 +659,8 @@ class _Run:
         from .bench_floor import bare_training
 
         self.progress(group_name(task, runtime, batch))
+        if task == 'train' and self.settings.device == 'cpu':
+            keep_freed_memory()
         if runtime == 'compiled':
             torch.compiler.reset()
         subjects: list[Subject] = []

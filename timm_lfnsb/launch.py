@@ -47,8 +47,8 @@ def run_script(script: str, args: Sequence[str]) -> None:
     """Run one of timm's scripts as if it were called with `args`.
 
     A script whose name contains 'train' gets the --cosine-harmony options and --balance-power, warns where the weights
-    it starts from have other classes than the run, and is kept from losing work (see `epoch_seeds`, `safeguards`);
-    every other script runs as it is.
+    it starts from have other classes than the run, is kept from losing work (see `epoch_seeds`, `safeguards`), and on a
+    CPU keeps freed memory (see `memory`); every other script runs as it is.
 
     Raises:
         LaunchError: When the script is missing, cannot do what the options ask, or has to stop: a loss that is not
@@ -172,6 +172,9 @@ def extend_train_script(module: Any) -> None:
                  'until the epoch ends.')
         from .safeguards import check_output
         check_output(options)
+        if str(getattr(options, 'device', '')).startswith('cpu'):
+            from .memory import keep_freed_memory
+            keep_freed_memory()
         return options, unknown
 
     parser.parse_known_args = parse_and_check  # parse_args asks it, too

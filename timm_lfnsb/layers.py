@@ -13,22 +13,28 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 |---|---|
 | textbook parts (timm's attention, torch's PReLU) in the order of the input | 1.20 |
 | gradients of our own for PReLU and gates | 0.92 |
-| ... computed in place, and one gradient for both strips (**taken**) | 0.76 |
+| ... computed in place, and one gradient for both strips; with contiguous weights | 0.73-0.76; 0.80 |
+| ... strips and gates in the order of the maps, whatever that of the weights (**taken**) | 0.70-0.73 |
+| ... the gradients of PReLU and gates in parts of 1 to 5 MB, which stay in the cache | 0.95-1 times as long |
 | torch.compile of the textbook parts, of ours | 0.78, 0.77 |
 | bfloat16 autocast (another arithmetic), eager and compiled | 0.74, 0.70 |
-| no memory given back to the system, huge pages (glibc's and torch's switches) | as without; 1.1 times as long |
+| freed memory kept (**taken**, see `timm_lfnsb.memory`): one network alone, in timm's train script | 0.75-0.9, 0.98 |
+| huge pages (torch's switch) | 1.1 times as long |
 | the kernels of a mix as one convolution, alone: at 56 px, from 28 px on | 0.83; 0.9 to 3 times as long |
 
 | inference after `reparameterize_model`, as a multiple of ResNet-18's time | batch 1 | batch 32 |
 |---|---|---|
 | separate calls of 17 operators | 1.71 | 1.59 |
 | few positions as linear layers, widest maps in parts of 8 MB | 1.54-1.71 | 1.46-1.56 |
-| ... no module calls and views that can be spared, in place what can be (**taken**), by `bench` | 1.64 | 1.50 |
+| ... no module calls and views that can be spared, in place what can be, by `bench` | 1.6 | 1.34-1.50 |
+| ... bare parameters (**taken**), by `bench`, in rounds of quick and of slow threads | 1.27, 1.50 | 1.30, 1.33 |
+| ... plain tensors kept beside the parameters, which `to` and `half` do not reach | 0.05-0.1 less | |
+| ... parameters looked up one by one; modules called | 0.03-0.1 more; 0.1-0.15 more | |
 | ... and weights of depthwise convolutions prepared beforehand, by torch's internal operators | 0.04-0.08 less | |
 | ... and both strips concatenated, or both gates by one product of matrices | 0.02-0.05 more | |
 | parts of 1.5, 3, 6, 12 MB, when whole batches took 1.62 | | 1.86, 1.53, 1.42, 1.40 |
 | both strips by one product with a constant matrix | 1.14 times as long | 1.09 times |
-| another function: without attention and PReLU (`bench --floor`) | 1.11 | 1.30 |
+| another function: without attention and PReLU, by `bench --floor`, likewise | 0.94, 1.10 | 1.22, 1.20 |
 """
 import copy
 from typing import Any

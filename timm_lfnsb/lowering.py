@@ -19,6 +19,8 @@ large convolution weighs more than on slower cores.
 | ... PReLU as -(relu(-y) (a - 1) - y), which needs no division: the sum is no longer in place | | 1.33 |
 | ... first convolution of the attention before its pools: its hard-swish is no longer fused | | 1.39 |
 | ... strips enlarged before the second convolution of the attention, at 7, 14, 28 px maps | | 1.28-1.45 |
+| ... pool and convolution as one over a whole row or column, at maps up to 7, 14, 28 px | | 1.24, 1.35, 1.45 |
+| ... denormals as zeros, without the memory arena or pattern (session options) | | as with |
 | another function: without attention; ReLU for PReLU; both (convolutions only) | 0.82; 0.92; 0.75 | -; -; 0.75 |
 | int8 (see `timm_lfnsb.export`) | 0.85 | 1.6 |
 
@@ -32,9 +34,11 @@ large convolution weighs more than on slower cores.
 | int8 | 0.6-0.85 | 0.82 |
 
 So convolutions alone take 0.75 to 0.77 of ResNet-18's time. The rest is not arithmetic: a bottleneck has 15 nodes, and
-at two threads each of them waits for the other core, for 2 to 4 microseconds of the 5 to 10 that most of them take. In
-some processes that wait is longer from start to end, and ONNX Runtime at two threads then takes 2.0 to 2.3 times
-ResNet-18's time with the same file; one thread shows nothing of it.
+at two threads each of them waits for the other core, for 2 to 4 microseconds of the 5 to 10 that most of them take.
+That is while both cores share a cache. On a virtual machine the host moves them, every few minutes, to parts of the
+processor that do not; then half of every map comes from afar, and ONNX Runtime at two threads takes 1.8 to 2.1 times
+ResNet-18's time with the same file, the convolutions alone 1.1 times. `timm-lfnsb bench` tells such rounds apart; one
+thread shows nothing of it.
 """
 from __future__ import annotations
 
