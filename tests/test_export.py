@@ -87,6 +87,14 @@ def test_lowered_networks_compute_the_same(name, runtime):
     assert not any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) for module in lowered.modules())
 
 
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_lowered_networks_of_grey_images(runtime):
+    model = create('mfn', in_chans=1)
+    images = torch.randn(2, 1, SIZE, SIZE)
+    expected = outputs(model, images)
+    assert np.abs(outputs(lower_network(model, runtime), images) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_exported_programs_hold_weights_as_their_convolutions_take_them(small):
     """Delegates such as XNNPACK's want a convolution's weight as it is, not a view of something."""
     program = torch.export.export(lower_network(small, 'torch'), (torch.zeros(1, 3, SIZE, SIZE),))

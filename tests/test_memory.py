@@ -14,7 +14,8 @@ import resource, sys
 import torch
 from timm_lfnsb.memory import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == 'keep' else None
-torch.ones(10_000_000)
+for _ in range(5):
+    torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     torch.ones(10_000_000)
@@ -38,5 +39,5 @@ def test_freed_memory_is_used_again():
     kept, within = faults('keep')
     assert kept == 'True'
     assert without > 50  # 5 x 40 MB, even in huge pages
-    assert within < without / 5
+    assert within < without / 10
     assert faults('keep', MALLOC_ARENA_MAX='2')[0] == 'False'  # somebody has settings of their own

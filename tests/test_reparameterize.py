@@ -135,10 +135,18 @@ def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, s
         torch.testing.assert_close(fused(x).float(), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize('change', ['attn', 'expand.act', 'expand.conv'])
-def test_a_block_with_a_part_of_the_users_is_not_taken_apart(change):
-    block = MixedBottleneck(16, 16, {3: 12, 5: 8}).eval()
-    part = nn.Conv2d(16, 20, 3, padding=1, bias=False) if change == 'expand.conv' else nn.Identity()
+@pytest.mark.parametrize('change, part', [
+    ('attn', nn.Identity()),
+    ('expand.act', nn.Identity()),
+    ('expand.bn', nn.Identity()),
+    ('expand.conv', nn.Conv2d(16, 20, 3, padding=1, bias=False)),
+    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=1, groups=20)),
+    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=1, groups=10, bias=False)),
+    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=2, dilation=2, groups=20, bias=False)),
+    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=1, groups=20, bias=False, padding_mode='reflect')),
+])
+def test_a_block_with_a_part_of_the_users_is_not_taken_apart(change, part):
+    block = MixedBottleneck(16, 16, {3: 20}).eval()
     block.set_submodule(change, part)
     x = torch.randn(2, 16, 6, 6)
     with torch.no_grad():

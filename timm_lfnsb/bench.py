@@ -7,11 +7,12 @@ How it measures, since all of this changes the figures:
   and a ratio is taken round by round. Ratios to a peer can be compared between runs and commits on one machine,
   milliseconds cannot.
 * Rounds go on until each network had its time, and up to three times as long where the rounds differ by much.
-* So does an operator just large enough for two threads. On a virtual machine its time has steps: the host moves cores
-  between parts of the processor that share a cache and parts that do not, every few minutes, and networks of many small
-  operators feel it more than others. The report tells the rounds of either kind apart.
 * A matrix product runs in the same rounds: the arithmetic the machine can do in that moment. GFLOP/s of a network
   count two operations for each multiply-accumulate of its plain form, whatever form is measured.
+* A small operator runs in the same rounds, too, shared between threads. On a virtual machine its time has steps: every
+  few minutes the host moves cores between parts of the processor that share a cache and parts that do not, which
+  networks of many small operators feel more than others. The report tells the rounds of either kind apart, and a group
+  that sees both takes more rounds.
 * Everything that is timed must give the outputs of the plain network in eager mode, or it is reported as failed. The
   floors of `timm_lfnsb.bench_floor` compute something else by design.
 * Training steps on a CPU come last, and freed memory is kept for them as in `timm-lfnsb run train.py`
@@ -432,7 +433,7 @@ def matmul_subject(device: str, amp: bool) -> Subject:
 
 
 def sharing_subject() -> Subject:
-    """An operator on two pieces of the least size that torch gives to threads of their own: 65538 multiplications."""
+    """An operator of 65538 multiplications: torch shares what has more than 32768 between threads."""
     values = torch.zeros(2 * 32769)
 
     def multiply() -> None:
@@ -500,7 +501,8 @@ class Settings:
         unoptimised: Measure the networks from textbook parts as well, see `unoptimise`.
         floor: Measure what their convolutions take alone as well, see `timm_lfnsb.bench_floor`.
         profile: Add where the time of the best rows goes, operator by operator.
-        memory_formats: Some of `MEMORY_FORMATS`, for eager and compiled; the better one is shown.
+        memory_formats: Some of `MEMORY_FORMATS`, for eager and compiled; the better one is shown. Unoptimised networks
+            are always contiguous.
         train: Time training steps as well, eager and compiled where `runtimes` names them.
         train_batch: Images of a training step.
         seconds: Time of each network in each runtime and batch.

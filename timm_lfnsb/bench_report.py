@@ -135,7 +135,7 @@ def format_report(report: dict[str, Any]) -> str:
             name = group_name(row['task'], row['runtime'], row['batch'])
             lines.append(
                 f'{_shorten(row["model"], width):<{width}}  {_form(row):<6} {_shorten(name, 35):<35}'
-                f'{_median(quick):>17}{_median(slow):>17}')
+                f'{_median(quick):>17} {_median(slow):>16}')
     for row in _profiled(report):
         name = group_name(row['task'], row['runtime'], row['batch'])
         lines += ['', *textwrap.wrap(f'where the time goes: {row["model"]}, {row["form"]}, {name}', WIDTH)]

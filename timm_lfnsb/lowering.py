@@ -93,7 +93,8 @@ def _lower_children(module: nn.Module, runtime: str) -> None:
                 (child.conv1.weight, child.conv1.bias), (child.conv_h.weight, child.conv_h.bias),
                 (child.conv_w.weight, child.conv_w.bias), strips[0].out_channels, runtime, strips))
         elif isinstance(child, ConvNormAct):
-            if hasattr(child, 'act'):
+            # torch's own programs keep the layer, with the memory order that the first one chooses.
+            if hasattr(child, 'act') and runtime != 'torch':
                 setattr(module, name, _lower_act(child.conv, child.act.weight, runtime))
         else:
             _lower_children(child, runtime)
@@ -107,7 +108,7 @@ class LoweredBottleneck(nn.Module):
         self.residual = block.residual
         chs = block.mid_chs if runtime == 'torch' else _whole_blocks(block.mid_chs)
         self.expand = _lower_act(_conv((block.expand_weight, block.expand_bias), out_chs=chs), block.slopes, runtime)
-        self.conv_dw = _conv((block.dw_weight, None), chs, chs, block.stride, block.padding)
+        self.conv_dw = _conv((block.dw_weight, None), chs, chs, block.stride, block.padding, depthwise=True)
         self.gates = LoweredGates(
             (block.reduce_weight, block.reduce_bias), (block.gate_h_weight, block.gate_h_bias),
             (block.gate_w_weight, block.gate_w_bias), chs, runtime)
@@ -187,7 +188,8 @@ class ReluPReLU(nn.Module):
     def __init__(self, conv: nn.Conv2d, slopes: torch.Tensor):
         super().__init__()
         chs = conv.out_channels
-        self.conv = _conv((conv.weight, conv.bias), stride=conv.stride, padding=conv.padding)
+        self.conv = _conv(
+            (conv.weight, conv.bias), conv.in_channels, chs, conv.stride, conv.padding, depthwise=conv.groups > 1)
         self.linear = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
         self.gain: nn.Conv2d | None = None
         if bool((slopes < 0.99).all()):
@@ -249,15 +251,15 @@ def _conv(
         out_chs: int | None = None,
         stride: tuple[int, ...] = (1, 1),
         padding: tuple[int, ...] | str = (0, 0),
+        depthwise: bool = False,
 ) -> nn.Conv2d:
-    """A convolution, depthwise where the weight has one input channel; zeros for additional channels."""
+    """A convolution with a bias, and zeros for additional channels."""
     weight, bias = layer
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
-    depthwise = weight.shape[1] == 1
     in_chs, out_chs = in_chs or weight.shape[1], out_chs or len(weight)
     conv = nn.Conv2d(
-        out_chs if depthwise else in_chs, out_chs, weight.shape[2:], stride, padding,  # type: ignore[arg-type]
+        in_chs, out_chs, weight.shape[2:], stride, padding,  # type: ignore[arg-type]
         groups=out_chs if depthwise else 1)
     assert conv.bias is not None
     conv.weight.zero_()

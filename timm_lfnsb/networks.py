@@ -93,6 +93,10 @@ class MixedBottleneck(nn.Module):
         convs = [self.expand.conv, self.project.conv, self.attn.conv1, self.attn.conv_h, self.attn.conv_w]
         if {type(module) for module in (*convs, *self.conv_dw.convs)} != {nn.Conv2d} or len(self.conv_dw.convs) > 1:
             return False
+        conv_dw: nn.Conv2d = self.conv_dw.convs[0]  # type: ignore[assignment]
+        if (conv_dw.bias, conv_dw.dilation, conv_dw.padding_mode, conv_dw.in_channels, conv_dw.out_channels) != (
+                None, (1, 1), 'zeros', conv_dw.groups, conv_dw.groups):
+            return False
         return not any(isinstance(part, nn.BatchNorm2d) for part in self.modules()) and all(
             conv.bias is not None
             and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
@@ -112,10 +116,11 @@ def pointwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 class FusedBottleneck(nn.Module):
     """A mixed bottleneck after `reparameterize_model`: the same function of bare parameters.
 
-    At batch 1 on a CPU not arithmetic takes the time but Python and the start of operators: a parameter found through
-    its module costs as much as a small operator. So there few positions go through the 1x1 convolutions as matrices,
-    which the weights are kept as, and what can be computed in place is. Large batches go through in parts, so that the
-    wide maps inside the block stay in the cache.
+    At batch 1 on a CPU the time goes to Python and to starting operators rather than to arithmetic: to find a parameter
+    through its module takes as long as a small operator. So few positions go through the 1x1 convolutions as matrices,
+    in which form the weights are kept, and whatever can be is computed in place. Large batches go through in parts, so
+    that the wide maps inside the block stay in the cache. The parameters must stay parameters: prune or parametrise
+    before `reparameterize_model`.
     """
 
     part_bytes = 8_000_000

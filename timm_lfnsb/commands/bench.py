@@ -34,7 +34,8 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option('--threads', type=click.IntRange(min=1), help="Of every runtime.  [default: torch's choice]")
 @click.option('--plain', is_flag=True, help='Also measure networks without reparameterisation.')
 @click.option('--unoptimised', is_flag=True,
-              help="Also measure networks from textbook parts (timm's coordinate attention, torch's PReLU).")
+              help="Also measure networks from textbook parts (timm's coordinate attention, torch's PReLU and memory "
+                   'format).')
 @click.option('--floor', is_flag=True,
               help='Also measure what their convolutions take alone, without PReLU and the attention of the blocks.')
 @click.option('--profile', is_flag=True, help='Also show where the time goes, operator by operator.')
