@@ -6,6 +6,7 @@ benchmark's times are for quoting.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +27,8 @@ def profile_torch(run: Callable[[], Any], device: str = 'cpu') -> Profile:
     """Profile a call of PyTorch, by the time inside of each operator (on a GPU, of each kernel)."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
+    if device == 'cpu':
+        os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # else it reports a missing GPU as an error
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == 'cuda' else [])
     run()
     with profile(activities=activities) as profiler:
