@@ -115,6 +115,18 @@ def test_rounds_are_taken_in_turns(monkeypatch):
     assert ''.join(calls).endswith('C' + 'AAABBBCCC' * 4)  # in each turn one untimed call and two timed ones
 
 
+def test_long_calls_have_an_untimed_one_as_well(monkeypatch):
+    untimed, timed = [], []
+
+    def seconds_of(run, device):
+        timed.append(run)
+        return 3.
+
+    monkeypatch.setattr(bench, 'seconds_of', seconds_of)
+    bench.interleave([Subject(lambda: untimed.append(0), {})], seconds=0.1, rounds=5)
+    assert len(untimed) == 5 and len(timed) >= 3 + 5
+
+
 def test_rounds_go_on_while_they_differ(monkeypatch):
     times = itertools.cycle([0.1, 0.2])
 
@@ -527,6 +539,17 @@ def test_tables_show_the_better_rows():
     assert table[0] == '| model | PyTorch eager, batch 1 | PyTorch eager, batch 32 |'
     assert table[2] == '| `lfnsb` | 12.3 ms (0.33) | 12.3 ms (0.33) |'
     assert '| `lfnsb` | 12.3 ms (0.33) |' in table  # training steps, in a table of their own
+
+
+def test_two_threads_are_watched_and_training_keeps_memory(monkeypatch):
+    kept = []
+    monkeypatch.setattr(bench, 'keep_freed_memory', lambda: kept.append(1))
+    report = bench.run_benchmark(short(threads=2, cold_starts=0))
+    assert kept == []
+    times, = report['sharing_us'].values()
+    assert len(times) == report['results'][0]['rounds'] and all(0 < time < 1e5 for time in times)
+    bench.run_benchmark(short(train=True, train_batch=2, cold_starts=0))
+    assert kept == [1]
 
 
 def test_ratios_while_threads_share_quickly_and_slowly():

@@ -9,10 +9,10 @@ How it measures, since all of this changes the figures:
 * Rounds go on until each network had its time, and up to three times as long where the rounds differ by much.
 * A matrix product runs in the same rounds: the arithmetic the machine can do in that moment. GFLOP/s of a network
   count two operations for each multiply-accumulate of its plain form, whatever form is measured.
-* A small operator runs in the same rounds, too, shared between threads. On a virtual machine its time has steps: every
-  few minutes the host moves cores between parts of the processor that share a cache and parts that do not, which
-  networks of many small operators feel more than others. The report tells the rounds of either kind apart, and a group
-  that sees both takes more rounds.
+* A small operator runs in the same rounds, too, shared between threads. On a virtual machine its time can have steps,
+  probably as the host moves cores between parts of the processor that share a cache and parts that do not; networks of
+  many small operators feel that more than others. The report tells the rounds of either kind apart, and a group that
+  sees both takes more rounds.
 * Everything that is timed must give the outputs of the plain network in eager mode, or it is reported as failed. The
   floors of `timm_lfnsb.bench_floor` compute something else by design.
 * Training steps on a CPU come last, and freed memory is kept for them as in `timm-lfnsb run train.py`

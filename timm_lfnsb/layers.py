@@ -13,12 +13,12 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 |---|---|
 | textbook parts (timm's attention, torch's PReLU) in the order of the input | 1.20 |
 | gradients of our own for PReLU and gates | 0.92 |
-| ... computed in place, and one gradient for both strips; with contiguous weights | 0.73-0.76; 0.80 |
-| ... strips and gates in the order of the maps, whatever that of the weights (**taken**) | 0.70-0.73 |
+| ... computed in place, and one gradient for both strips; with contiguous weights | 0.73-0.76; 0.80-0.87 |
+| ... strips and gates in the order of the maps, whatever that of the weights (**taken**) | 0.70-0.78 |
 | ... the gradients of PReLU and gates in parts of 1 to 5 MB, which stay in the cache | 0.95-1 times as long |
 | torch.compile of the textbook parts, of ours | 0.78, 0.77 |
 | bfloat16 autocast (another arithmetic), eager and compiled | 0.74, 0.70 |
-| freed memory kept (**taken**, see `timm_lfnsb.memory`): one network alone, in timm's train script | 0.75-0.9, 0.98 |
+| freed memory kept (**taken**, `timm_lfnsb.memory`): a bare loop, timm's train script | 0.7-0.9; 0.98-1.01 times |
 | huge pages (torch's switch) | 1.1 times as long |
 | the kernels of a mix as one convolution, alone: at 56 px, from 28 px on | 0.83; 0.9 to 3 times as long |
 
@@ -27,7 +27,7 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 | separate calls of 17 operators | 1.71 | 1.59 |
 | few positions as linear layers, widest maps in parts of 8 MB | 1.54-1.71 | 1.46-1.56 |
 | ... no module calls and views that can be spared, in place what can be, by `bench` | 1.6 | 1.34-1.50 |
-| ... bare parameters (**taken**), by `bench`, in rounds of quick and of slow threads | 1.27, 1.46-1.52 | 1.30-1.42 |
+| ... bare parameters (**taken**), by `bench`, in rounds of quick and slow threads | 1.27-1.38, 1.46-1.52 | 1.30-1.42 |
 | ... plain tensors kept beside the parameters, which `to` and `half` do not reach | 0.05-0.1 less | |
 | ... parameters looked up one by one; modules called | 0.03-0.1 more; 0.1-0.15 more | |
 | ... and weights of depthwise convolutions prepared beforehand, by torch's internal operators | 0.04-0.08 less | |
