@@ -37,8 +37,8 @@ So convolutions alone take 0.75 to 0.77 of ResNet-18's time. The rest is not ari
 at two threads each of them waits for the other core, for 2 to 4 microseconds of the 5 to 10 that most of them take.
 At other times, for minutes, ONNX Runtime at two threads takes up to 2.1 times ResNet-18's time with the same file, the
 convolutions alone 1.1 times. A cache line then goes to the other core and back in 340 instead of 60 to 80 ns, so the
-two cores of this virtual machine seem not to share a cache. `timm-lfnsb bench` tells such rounds apart; one thread shows
-nothing of it.
+two cores of this virtual machine seem not to share a cache. `timm-lfnsb bench` tells such rounds apart; one thread
+shows nothing of it.
 """
 from __future__ import annotations
 
