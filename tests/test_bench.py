@@ -207,7 +207,7 @@ def test_floors_are_the_network_without_attention_and_prelu(name):
         logits = expected(images)
         for floor in floors:
             kinds = {type(module).__name__ for module in floor.modules()}
-            assert not kinds & {'PReLU', 'ReluPReLU', 'LoweredGates'}
+            assert not kinds & {'PReLU', 'ConvPReLU', 'LoweredGates'}
             assert (floor(images) - logits).abs().max() < 1e-4 * logits.abs().max()
     assert np.isfinite(bench.training_step(floors[2], images)().item())
 
@@ -230,7 +230,8 @@ def test_floor_and_profile_in_the_report():
         if (task, runtime) == ('predict', 'onnxruntime'):
             assert calls['Conv'] > 100 and calls['AveragePool'] == 2 * 34 + 1
         elif (task, runtime) == ('predict', 'openvino'):
-            assert calls['AvgPool'] == 2 * 34 + 1 and 'PRelu' not in calls  # fused
+            # Spatial Bias pools a map of 2x2 here, which may take no whole microsecond and then is not reported.
+            assert calls['AvgPool'] in (2 * 34, 2 * 34 + 1) and 'PRelu' not in calls  # fused
         elif task == 'train':
             assert calls['aten::convolution_backward'] == 220
     text = bench_report.format_report(report)

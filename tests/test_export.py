@@ -164,6 +164,8 @@ def test_onnx_runtime_keeps_its_layout(batch, tmp_path):
     assert [node.op_type for node in nodes if node.op_type.startswith('Reorder')] == ['ReorderOutput']
     assert sum(node.op_type == 'Conv' for node in nodes) == sum('nchwc' in node.domain and node.op_type == 'Conv'
                                                                 for node in nodes)
+    # Activations and sums are part of a convolution: alone they would run on one thread at batch 1.
+    assert not {'Relu', 'HardSwish', 'Sigmoid', 'Add', 'Sum'} & {node.op_type for node in nodes}
 
 
 def test_preprocessing_inside_is_timms(small, tmp_path):

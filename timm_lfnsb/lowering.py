@@ -171,39 +171,37 @@ class LoweredGates(nn.Module):
         if self.resize:
             gate_h = F.interpolate(gate_h, scale_factor=(1., float(width)), mode='nearest')
             gate_w = F.interpolate(gate_w, scale_factor=(float(height), 1.), mode='nearest')
+            return [gate_w, gate_h]  # in this order 1 % faster
         return [gate_h, gate_w]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_h, gate_w = self.factors(x)
-        return gate_h * gate_w
+        first, second = self.factors(x)
+        return first * second
 
 
-class ReluPReLU(nn.Module):
-    """A convolution and PReLU, the latter as ReLU plus a 1x1 depthwise convolution of the same input.
+class ConvPReLU(nn.Module):
+    """A convolution and PReLU, the latter as two 1x1 depthwise convolutions: PReLU(y) = ReLU((1 - a) y) + a y.
 
-    PReLU(y) = (1 - a) ReLU(y) + a y. The factor of the ReLU moves into the convolution before it, unless a slope a of
-    (nearly) 1 or more forbids that.
+    ONNX Runtime fuses the ReLU into the one and the sum into the other. As an operator of its own ReLU would run on one
+    thread for maps of this size, so that half of the map went from the other core to it and back.
     """
 
     def __init__(self, conv: nn.Conv2d, slopes: torch.Tensor):
         super().__init__()
         chs = conv.out_channels
-        self.conv = _conv(
-            (conv.weight, conv.bias), conv.in_channels, chs, conv.stride, conv.padding, depthwise=conv.groups > 1)
+        self.conv = conv
         self.linear = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
+        self.positive = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
         self.gain: nn.Conv2d | None = None
-        if bool((slopes < 0.99).all()):
-            self.conv.weight.mul_((1 - slopes).view(-1, 1, 1, 1))
-            self.conv.bias.mul_(1 - slopes)  # type: ignore[union-attr]  # _conv gives one
-            slopes = slopes / (1 - slopes)
-        else:
-            self.gain = nn.Conv2d(chs, chs, 1, groups=chs, bias=False)
-            self.gain.weight.copy_((1 - slopes).view(-1, 1, 1, 1))
         self.linear.weight.copy_(slopes.view(-1, 1, 1, 1))
+        self.positive.weight.copy_((1 - slopes).view(-1, 1, 1, 1))
+        if bool((slopes > 1).any()):  # (1 - a) ReLU(y) then, for ReLU takes no factor below 0
+            self.gain = copy.deepcopy(self.positive)
+            self.positive.weight.fill_(1.)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
-        positive = F.relu(x)
+        positive = F.relu(self.positive(x))
         return self.linear(x) + (positive if self.gain is None else self.gain(positive))
 
 
@@ -223,7 +221,7 @@ class PooledMap(nn.Module):
 def _lower_act(conv: nn.Conv2d, slopes: torch.Tensor, runtime: str) -> nn.Module:
     slopes = F.pad(slopes, (0, conv.out_channels - slopes.numel()))
     if runtime == 'onnxruntime':
-        return ReluPReLU(conv, slopes)
+        return ConvPReLU(conv, slopes)
     prelu = nn.PReLU(conv.out_channels)
     prelu.weight.copy_(slopes)
     return nn.Sequential(conv, prelu)
