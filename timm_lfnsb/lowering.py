@@ -43,6 +43,7 @@ shows nothing of it.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -156,7 +157,7 @@ class LoweredGates(nn.Module):
         self.conv_w = _conv(gate_w, rd_chs, chs)
 
     def factors(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The gates (B, C, H, 1) and (B, C, 1, W), for ONNX Runtime both as (B, C, H, W)."""
+        """What a map is multiplied by: the gates (B, C, H, 1) and (B, C, 1, W), for ONNX Runtime their product."""
         height, width = int(x.shape[2]), int(x.shape[3])  # while tracing they are tensors
         if not self.pool_first:
             x = self.conv1(x)
@@ -171,12 +172,11 @@ class LoweredGates(nn.Module):
         if self.resize:
             gate_h = F.interpolate(gate_h, scale_factor=(1., float(width)), mode='nearest')
             gate_w = F.interpolate(gate_w, scale_factor=(float(height), 1.), mode='nearest')
-            return [gate_w, gate_h]  # in this order 1 % faster
+            return [gate_h * gate_w]  # all on the thread that has enlarged them, and the map is read but once
         return [gate_h, gate_w]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = self.factors(x)
-        return first * second
+        return functools.reduce(torch.mul, self.factors(x))
 
 
 class ConvPReLU(nn.Module):
