@@ -4,7 +4,8 @@
 for export alone: no training, one image size, results equal to rounding.
 
 What was tried, with lfnsb at 112 px, batch 1, float32: time as a multiple of ResNet-18's at 112 px in the same run, on
-two cores with AVX-512 that other work shared (minima of interleaved rounds, real-time priority for the two threads).
+two cores with AVX-512 that other work shared (minima or fastest tenth of interleaved calls, real-time priority for the
+two threads; `timm-lfnsb bench` gives medians, which are some hundredths more).
 ResNet-18 takes 4.6 ms there at one thread and 2.6 at two in either runtime, some 400 GFLOP/s, so whatever is not a
 large convolution weighs more than on slower cores.
 
@@ -12,15 +13,20 @@ large convolution weighs more than on slower cores.
 |---|---|---|
 | network as it is: 835 nodes, 268 of them change the layout, PReLU takes 42 % of the time | 2.9 | 4.3 |
 | merged kernels, strips apart, channels padded to 16, pools as AveragePool, gates as Resize | 2.4 | |
-| ... and PReLU as ReLU + 1x1 depthwise convolution: 519 nodes, 1 changes the layout (**taken**) | 0.98 | 1.22-1.31 |
-| ... gates by broadcast, or multiplied with each other first: each product leaves the layout | 1.3, 1.2 | |
+| ... and PReLU as ReLU + 1x1 depthwise convolution: 518 nodes, 1 changes the layout | 0.93-0.98 | 1.20-1.31 |
+| ... the ReLU in such a convolution as well | 0.93 | 1.17-1.21 |
+| ... and the enlarged gates multiplied with each other before the map (**taken**) | 0.93 | 1.14-1.18 |
+| gates by broadcast, or so multiplied with each other: each product leaves the layout | 1.3, 1.2 | |
 | ... pools as ReduceMean | 1.2 | |
 | ... PReLU with a second k x k depthwise convolution, or a second 1x1 convolution | 1.02, 1.3 | 1.35 |
 | ... PReLU as -(relu(-y) (a - 1) - y), which needs no division: the sum is no longer in place | | 1.33 |
 | ... first convolution of the attention before its pools: its hard-swish is no longer fused | | 1.39 |
 | ... strips enlarged before the second convolution of the attention, at 7, 14, 28 px maps | | 1.28-1.45 |
 | ... pool and convolution as one over a whole row or column, at maps up to 7, 14, 28 px | | 1.24, 1.35, 1.45 |
-| ... denormals as zeros, without the memory arena or pattern (session options) | | as with |
+| ... 28 px padded to 128 channels, 14 px to 256, which divide evenly between the cores | | 1.06, 1.12 times as long |
+| ... first convolution of the attention on the map, pools as convolutions with its hard-swish | | 1.03 times |
+| ... gates enlarged on both threads: by MaxPool with padding, by linear Resize at 28 px | | 1.01, 1.03 times |
+| ... denormals as zeros, no memory arena or pattern, spinning, blocks of work (session options) | | as with |
 | another function: without attention; ReLU for PReLU; both (convolutions only) | 0.82; 0.92; 0.75 | -; -; 0.75 |
 | int8 (see `timm_lfnsb.export`) | 0.85 | 1.6 |
 
@@ -35,6 +41,9 @@ large convolution weighs more than on slower cores.
 
 So convolutions alone take 0.75 to 0.77 of ResNet-18's time. The rest is not arithmetic: a bottleneck has 15 nodes, and
 at two threads each of them waits for the other core, for 2 to 4 microseconds of the 5 to 10 that most of them take.
+Also, ONNX Runtime's blocked convolutions and pools divide a map between the threads in one way, while its elementwise
+operators and Upsample run on one thread for maps of this size: half of the map goes to the other core and back. PReLU
+of 96 channels at 28 px took 29 us with a ReLU node and takes 12 without, on one thread 17 and 18. Products remain.
 At other times, for minutes, ONNX Runtime at two threads takes up to 2.1 times ResNet-18's time with the same file, the
 convolutions alone 1.1 times. A cache line then goes to the other core and back in 340 instead of 60 to 80 ns, so the
 two cores of this virtual machine seem not to share a cache. `timm-lfnsb bench` tells such rounds apart; one thread
