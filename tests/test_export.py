@@ -166,6 +166,9 @@ def test_onnx_runtime_keeps_its_layout(batch, tmp_path):
                                                                 for node in nodes)
     # Activations and sums are part of a convolution: alone they would run on one thread at batch 1.
     assert not {'Relu', 'HardSwish', 'Sigmoid', 'Add', 'Sum'} & {node.op_type for node in nodes}
+    # Each map is multiplied once, with the product of its enlarged gates.
+    enlarged = {output for node in nodes if node.op_type == 'Upsample' for output in node.output}
+    assert sorted(len(enlarged & set(node.input)) for node in nodes if node.op_type == 'Mul') == [0] * 34 + [2] * 34
 
 
 def test_preprocessing_inside_is_timms(small, tmp_path):

@@ -8,10 +8,10 @@ runtime cannot tell that products keep its layout, and is 1.2 times as slow.
 
 int8 files have their large convolutions quantised, with a scale for each output channel and activations calibrated on
 faces; OpenVINO reads the quantised ONNX graph. Measured once for lfnsb.ferplus on the 3355 test faces of FER+, after
-calibration on 512 training faces: accuracy 0.784 (ONNX Runtime) and 0.785 (OpenVINO), against 0.781 in float32; 80 and
-77 labels differ. Quantising everything is as accurate, and in ONNX Runtime twice as slow as float32.
+calibration on 512 training faces: accuracy 0.811 (ONNX Runtime) and 0.812 (OpenVINO), against 0.815 in float32; 44 and
+46 labels differ. Quantising everything is as accurate, and in ONNX Runtime twice as slow as float32.
 
-Half precision means weights of half precision (one label of those 3355 differs): the CPU runtimes calculate with
+Half precision means weights of half precision (no label of those 3355 differs): the CPU runtimes calculate with
 float32 whatever the file says, so inputs and outputs stay float32.
 """
 from __future__ import annotations

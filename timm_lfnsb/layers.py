@@ -27,14 +27,14 @@ of interleaved rounds; the exported graphs are in `timm_lfnsb.lowering`):
 | separate calls of 17 operators | 1.71 | 1.59 |
 | few positions as linear layers, widest maps in parts of 8 MB | 1.54-1.71 | 1.46-1.56 |
 | ... no module calls and views that can be spared, in place what can be, by `bench` | 1.6 | 1.34-1.50 |
-| ... bare parameters (**taken**), by `bench`, in rounds of quick and slow threads | 1.27-1.38, 1.46-1.52 | 1.30-1.42 |
+| ... bare parameters (**taken**), by `bench`, in rounds of quick and slow threads | 1.27-1.38, 1.46-1.52 | 1.29-1.44 |
 | ... plain tensors kept beside the parameters, which `to` and `half` do not reach | 0.05-0.1 less | |
 | ... parameters looked up one by one; modules called | 0.03-0.1 more; 0.1-0.15 more | |
 | ... and weights of depthwise convolutions prepared beforehand, by torch's internal operators | 0.04-0.08 less | |
 | ... and both strips concatenated, or both gates by one product of matrices | 0.02-0.05 more | |
 | parts of 1.5, 3, 6, 12 MB, when whole batches took 1.62 | | 1.86, 1.53, 1.42, 1.40 |
 | both strips by one product with a constant matrix | 1.14 times as long | 1.09 times |
-| another function: without attention and PReLU, by `bench --floor` | 0.94-1.03, 1.06-1.10 | 1.20-1.28 |
+| another function: without attention and PReLU, by `bench --floor` | 0.94-1.03, 1.06-1.10 | 1.13-1.28 |
 """
 import copy
 from typing import Any

@@ -14,21 +14,21 @@ large convolution weighs more than on slower cores.
 | network as it is: 835 nodes, 268 of them change the layout, PReLU takes 42 % of the time | 2.9 | 4.3 |
 | merged kernels, strips apart, channels padded to 16, pools as AveragePool, gates as Resize | 2.4 | |
 | ... and PReLU as ReLU + 1x1 depthwise convolution: 518 nodes, 1 changes the layout | 0.93-0.98 | 1.20-1.31 |
-| ... the ReLU in such a convolution as well | 0.93 | 1.17-1.21 |
-| ... and the enlarged gates multiplied with each other before the map (**taken**) | 0.93 | 1.14-1.18 |
-| gates by broadcast, or so multiplied with each other: each product leaves the layout | 1.3, 1.2 | |
+| ... gates by broadcast, or so multiplied with each other: each product leaves the layout | 1.3, 1.2 | |
 | ... pools as ReduceMean | 1.2 | |
 | ... PReLU with a second k x k depthwise convolution, or a second 1x1 convolution | 1.02, 1.3 | 1.35 |
 | ... PReLU as -(relu(-y) (a - 1) - y), which needs no division: the sum is no longer in place | | 1.33 |
 | ... first convolution of the attention before its pools: its hard-swish is no longer fused | | 1.39 |
 | ... strips enlarged before the second convolution of the attention, at 7, 14, 28 px maps | | 1.28-1.45 |
 | ... pool and convolution as one over a whole row or column, at maps up to 7, 14, 28 px | | 1.24, 1.35, 1.45 |
+| PReLU as two 1x1 depthwise convolutions, ReLU and sum fused | 0.93 | 1.17-1.21 |
+| ... and the enlarged gates multiplied with each other before the map (**taken**) | 0.93 | 1.14-1.18 |
 | ... 28 px padded to 128 channels, 14 px to 256, which divide evenly between the cores | | 1.06, 1.12 times as long |
 | ... first convolution of the attention on the map, pools as convolutions with its hard-swish | | 1.03 times |
 | ... gates enlarged on both threads: by MaxPool with padding, by linear Resize at 28 px | | 1.01, 1.03 times |
 | ... denormals as zeros, no memory arena or pattern, spinning, blocks of work (session options) | | as with |
 | another function: without attention; ReLU for PReLU; both (convolutions only) | 0.82; 0.92; 0.75 | -; -; 0.75 |
-| int8 (see `timm_lfnsb.export`) | 0.85 | 1.6 |
+| int8 (see `timm_lfnsb.export`) | 0.62 | 1.24 |
 
 | OpenVINO 2026.4 | 1 thread | 2 threads |
 |---|---|---|
