@@ -274,6 +274,7 @@ def test_run(tmp_path):
     assert set(report['sharing_us']) == {bench.group_name(row['task'], 'eager', row['batch']) for row in rows}
     assert not any(report['sharing_us'].values())  # on one thread
     assert report['machine']['threads'] == 1 and report['machine']['cpu']
+    assert f'({report["machine"]["vectors"]}), 1 thread on' in bench_report.format_markdown(report)
     assert report['versions']['torch'] == version('torch') and report['versions']['timm'] == version('timm')
     assert report['settings']['peer'] == TINY and list(report['models']) == [SMALL, TINY]
     bench_report.save_report(report, tmp_path / 'bench.json')
@@ -559,15 +560,16 @@ def test_ratios_while_threads_share_quickly_and_slowly():
     for row in report['results']:
         if row['task'] == 'predict' and row['batch'] == 1:
             row['ratio']['rounds'] = [1., 3., 1.2, 3.2, 1.4]
+            row['ms_per_image']['min'] = 8. if row['model'] == report['settings']['peer'] else 10.
     report['sharing_us'] = {'PyTorch eager, batch 1': [5., 9., 5.1, 8., 5.9], 'PyTorch eager, batch 32': [5.]}
     first, *others = bench_report.ratios_by_sharing(report)
     assert first[0]['model'] == 'lfnsb' and first[1:] == ([1., 1.2, 1.4], [3., 3.2])
     assert TINY not in [row['model'] for row, _, _ in others]
     text = bench_report.format_report(report)
-    assert 'up to 6.0 us' in text and '1.20 (3 rounds)  3.10 (2 rounds)' in text
+    assert 'up to 6.0 us' in text and '1.20 (3 rounds)  3.10 (2 rounds)     1.25' in text
     assert max(map(len, text.splitlines())) <= 100
     table = bench_report.format_markdown(report)
-    assert '| `lfnsb`, plain, PyTorch eager, batch 1 | 1.20 (3 rounds) | 3.10 (2 rounds) |' in table
+    assert '| `lfnsb`, plain, PyTorch eager, batch 1 | 1.20 (3 rounds) | 3.10 (2 rounds) | 1.25 |' in table
     report['sharing_us'] = {'PyTorch eager, batch 1': [5., 5.1, 5.2, 5.1, 5.9]}  # one kind only: nothing to tell apart
     assert bench_report.ratios_by_sharing(report) == []
 

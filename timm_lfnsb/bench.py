@@ -917,6 +917,7 @@ def describe_run(settings: Settings, runtimes: Sequence[str], threads: int, peer
         'machine': {
             'cpu': cpu_name(), 'cores': available_cores(), 'threads': threads, 'system': platform.system(),
             'architecture': platform.machine(),
+            'vectors': torch.backends.cpu.get_cpu_capability(),
             'gpu': torch.cuda.get_device_name() if settings.device == 'cuda' else None,
         },
         'versions': versions,

@@ -84,6 +84,13 @@ def ratios_by_sharing(report: dict[str, Any]) -> list[tuple[dict[str, Any], list
     return found if any(quick for _, quick, _ in found) and any(slow for _, _, slow in found) else []
 
 
+def fastest_ratio(report: dict[str, Any], row: dict[str, Any]) -> float:
+    """A row's fastest call over the peer's in the same group, for a row that has a ratio: near to a quiet machine's."""
+    group = groups(report)[row['task'], row['runtime'], row['batch']]
+    peer = next(other for other in group if other['model'] == report['settings']['peer'])
+    return row['ms_per_image']['min'] / peer['ms_per_image']['min']
+
+
 def _median(ratios: Sequence[float]) -> str:
     return f'{statistics.median(ratios):.2f} ({len(ratios)} round{"s" if len(ratios) > 1 else ""})' if ratios else '-'
 
@@ -130,12 +137,13 @@ def format_report(report: dict[str, Any]) -> str:
     if sharing:
         limit = f'{_sharing_limit(report):.1f}'
         lines += ['', *textwrap.wrap(SHARING_NOTE, WIDTH)]
-        lines.append(f'{"model":<{width}}  {"form":<6} {"":<35}{"up to " + limit + " us":>17}{"more":>17}')
+        lines.append(
+            f'{"model":<{width}}  {"form":<6} {"":<26}{"up to " + limit + " us":>17}{"more":>17}{"fastest":>9}')
         for row, quick, slow in sharing:
             name = group_name(row['task'], row['runtime'], row['batch'])
             lines.append(
-                f'{_shorten(row["model"], width):<{width}}  {_form(row):<6} {_shorten(name, 35):<35}'
-                f'{_median(quick):>17} {_median(slow):>16}')
+                f'{_shorten(row["model"], width):<{width}}  {_form(row):<6} {_shorten(name, 26):<26}'
+                f'{_median(quick):>17} {_median(slow):>16} {fastest_ratio(report, row):>8.2f}')
     for row in _profiled(report):
         name = group_name(row['task'], row['runtime'], row['batch'])
         lines += ['', *textwrap.wrap(f'where the time goes: {row["model"]}, {row["form"]}, {name}', WIDTH)]
@@ -186,7 +194,8 @@ FLOOR_NOTE = (
 
 SHARING_NOTE = (
     'ratio by the time that an operator of 65538 multiplications takes on two threads or more: longer where their '
-    'cores share no cache, or other work disturbs them')
+    'cores share no cache, or other work disturbs them; fastest: by the fastest call of each, about what a quiet '
+    'machine gives')
 
 PROFILE_SHARE = 0.02
 """Least share of an operator that is shown by its name."""
@@ -244,10 +253,14 @@ def format_markdown(report: dict[str, Any]) -> str:
         lines += [f'"convolutions": {FLOOR_NOTE}', '']
     sharing = ratios_by_sharing(report)
     if sharing:
-        lines += [f'| ratio to {peer} in rounds of | up to {_sharing_limit(report):.1f} µs | more |', '|---|---|---|']
+        lines += [
+            f'| ratio to {peer} in rounds of | up to {_sharing_limit(report):.1f} µs | more | fastest |',
+            '|---|---|---|---|']
         for row, quick, slow in sharing:
             name = group_name(row['task'], row['runtime'], row['batch'])
-            lines.append(f'| `{row["model"]}`, {row["form"]}, {name} | {_median(quick)} | {_median(slow)} |')
+            lines.append(
+                f'| `{row["model"]}`, {row["form"]}, {name} | {_median(quick)} | {_median(slow)} | '
+                f'{fastest_ratio(report, row):.2f} |')
         lines += ['', SHARING_NOTE[0].upper() + SHARING_NOTE[1:] + '.', '']
     profiled = _profiled(report)
     if profiled:
@@ -277,7 +290,8 @@ def _footnote(report: dict[str, Any]) -> str:
     versions = ', '.join(f'{name} {number}' for name, number in report['versions'].items() if number)
     dtype = 'bfloat16 autocast' if report['settings']['amp'] else 'float32'
     commit = f', commit {commit[:10]}{"+" if commit.endswith("+") else ""}' if commit else ''
-    return (f'{machine["gpu"] or machine["cpu"]}, {_threads(report)} on {machine["cores"]} cores, {dtype}; {versions}'
+    cpu = machine['cpu'] + (f' ({machine["vectors"]})' if machine.get('vectors') else '')  # older reports lack it
+    return (f'{machine["gpu"] or cpu}, {_threads(report)} on {machine["cores"]} cores, {dtype}; {versions}'
             f'{commit}, {report["date"][:10]}.')
 
 
