@@ -170,7 +170,8 @@ def test_speed_comes_from_benchmark_reports_alone(tmp_path):
                 'ms_per_image': {'median': 27.25}, 'ratio': {'median': 1.251}, **changes}
 
     (tmp_path / 'bench-two-cores.json').write_text(json.dumps({
-        'format': 1, 'machine': {'cpu': 'Abacus 2', 'threads': 2, 'gpu': None}, 'settings': {'peer': 'resnet18@112'},
+        'format': 1, 'machine': {'cpu': 'Abacus 2', 'vectors': 'ROWS', 'threads': 2, 'gpu': None},
+        'settings': {'peer': 'resnet18@112'},
         'results': [
             row(), row(ms_per_image={'median': 20.04}, ratio={'median': 0.9}), row(model='mfn'), row(task='train'),
             row(form='convolutions', ms_per_image={'median': 1.}),  # another function
@@ -182,7 +183,7 @@ def test_speed_comes_from_benchmark_reports_alone(tmp_path):
     rows = rows_of(table, 'machine')
     assert [(r['runtime'], r['batch'], r['milliseconds a face'], r['time relative to']) for r in rows] == [
         ('PyTorch', '1', '20', '0.90 x resnet18@112'), ('ONNX Runtime', '8', '27.2', '-')]
-    assert rows[0]['machine'] == 'Abacus 2, 2 threads'
+    assert rows[0]['machine'] == 'Abacus 2 (ROWS), 2 threads'
 
 
 def snippets(text: str) -> list[str]:

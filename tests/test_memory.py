@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-# Page faults of a tensor of 40 MB that is made and freed again and again, also by another thread: gradients are computed
-# by one.
+# Page faults of a tensor of 40 MB that is made and freed again and again, also by another thread, as gradients are.
 SCRIPT = '''
 import resource, sys, threading
 import torch

@@ -5,8 +5,8 @@ end of its heap, and the system fills each page with zeros when it is touched ag
 else lies in the heap: 10,000 to 150,000 page faults a step of lfnsb. Without them a bare loop of steps took 10 to 30 %
 less time, timm's train script no measurable difference; what is certain is that steps vary less.
 
-A thread of its own computes the gradients. glibc gives it a heap in maps that it unmaps when they are empty, whatever is
-set: another 19,000 faults a step in some processes. So all threads share one heap.
+A thread of its own computes the gradients. glibc gives it a heap in maps that it unmaps when they are empty, whatever
+is set: another 19,000 faults a step in some processes. So all threads share one heap.
 """
 from __future__ import annotations
 
