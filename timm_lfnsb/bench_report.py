@@ -290,11 +290,11 @@ def _footnote(report: dict[str, Any]) -> str:
     versions = ', '.join(f'{name} {number}' for name, number in report['versions'].items() if number)
     dtype = 'bfloat16 autocast' if report['settings']['amp'] else 'float32'
     commit = f', commit {commit[:10]}{"+" if commit.endswith("+") else ""}' if commit else ''
-    return (f'{machine["gpu"] or cpu_name(machine)}, {_threads(report)} on {machine["cores"]} cores, {dtype}; '
+    return (f'{machine["gpu"] or processor(machine)}, {_threads(report)} on {machine["cores"]} cores, {dtype}; '
             f'{versions}{commit}, {report["date"][:10]}.')
 
 
-def cpu_name(machine: dict[str, Any]) -> str:
+def processor(machine: dict[str, Any]) -> str:
     """Name and vector instructions, in which processors of one name can differ; older reports lack the latter."""
     return machine['cpu'] + (f' ({machine["vectors"]})' if machine.get('vectors') else '')
 

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from timm.models import get_pretrained_cfg
 
-from .bench_report import cpu_name
+from .bench_report import processor
 from .embedded import embedded_weights, weights_info
 from .files import replacing
 from .hub import file_sha256
@@ -386,7 +386,7 @@ def speed_table(name: str, results: Path = RESULTS) -> str | None:
             if key not in fastest or _median(row) < _median(fastest[key]):
                 fastest[key] = row
         machine, peer = report['machine'], report['settings'].get('peer')
-        where = machine.get('gpu') or f"{cpu_name(machine)}, {machine['threads']} threads"
+        where = machine.get('gpu') or f"{processor(machine)}, {machine['threads']} threads"
         for (runtime, batch), row in fastest.items():
             ratio = f"{row['ratio']['median']:.2f} x {peer}" if row.get('ratio') else '-'
             rows.append([where, RUNTIMES.get(runtime, runtime), batch, f'{_median(row):.3g}', ratio])
