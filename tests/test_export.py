@@ -114,7 +114,7 @@ def test_lowered_from_reparameterised_with_steep_slopes_and_without_classifier(r
     images = torch.randn(2, 3, SIZE, SIZE)
     expected = outputs(model, images)
     assert expected.shape == (2, 256)
-    lowered = lower_network(timm.models.reparameterize_model(model), runtime)
+    lowered = lower_network(timm.utils.reparameterize_model(model), runtime)
     assert np.abs(outputs(lowered, images) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -323,7 +323,7 @@ def test_disagreement_leaves_no_file(small, suffix, tmp_path, monkeypatch):
         pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]'")
 
     def wrong(model, *_, **__):
-        model = timm.models.reparameterize_model(model).eval()
+        model = timm.utils.reparameterize_model(model).eval()
         model.fc.weight.data[0] += 0.5
         return model
 
@@ -345,7 +345,7 @@ def test_label_agreement_counts(small, tmp_path, monkeypatch):
     assert export_model(tied, tmp_path / 'tied.onnx').agreement == 1  # a tie is no disagreement
 
     def swapped(model, *_, **__):
-        model = timm.models.reparameterize_model(model).eval()
+        model = timm.utils.reparameterize_model(model).eval()
         model.fc.bias.data[1] += 0.03
         return model
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import golden_networks, rule_input, rule_weights
 from timm.layers import create_attn
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from timm_lfnsb.layers import CoordAttn, PReLU, fold_norm
 from timm_lfnsb.networks import FusedBottleneck, MixedBottleneck, pointwise_conv

@@ -222,7 +222,7 @@ def create_network(
     if spec.file:
         network.forms = {spec.precision: model}
         return network
-    network.forms['reparameterised'] = timm.models.reparameterize_model(model)
+    network.forms['reparameterised'] = timm.utils.reparameterize_model(model)
     if list(network.forms['reparameterised'].state_dict()) == list(model.state_dict()) and not isinstance(
             model, MixedFeatureNet):
         network.forms = {'plain': model}  # has nothing to reparameterise
@@ -340,7 +340,7 @@ def training_step(
 
     from .task import CosineHarmonyTask
 
-    task = CosineHarmonyTask(model.train(), device=images.device, verbose=False)
+    task = CosineHarmonyTask(model.train(), nn.CrossEntropyLoss(), device=images.device, verbose=False)
     optimizer = create_optimizer_v2(task.trainable_module, opt='adamw', lr=1e-4)
     if compiled:
         task.compile()

@@ -70,7 +70,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(spec['threads'])
         model = timm.create_model(spec['model'], **spec['create']).eval()
         if spec['reparameterize']:
-            model = timm.models.reparameterize_model(model)
+            model = timm.utils.reparameterize_model(model)
         memory_format = getattr(torch, spec['memory_format'])
         model = model.to(spec['device']).to(memory_format=memory_format)
         if runtime == 'compiled':

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from .layers import CoordAttn, eager_inference_on_cpu

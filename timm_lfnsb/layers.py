@@ -1,6 +1,6 @@
 """Layers of the networks: convolution with norm, PReLU, mixed depthwise convolution, coordinate attention.
 
-Written for speed where the arithmetic leaves a choice, and for `timm.models.reparameterize_model`: each module that
+Written for speed where the arithmetic leaves a choice, and for `timm.utils.reparameterize_model`: each module that
 holds a batch norm folds it into the layer before it, in place, so that its name, its hooks and the names of its
 parameters stay. Only the mixed bottlenecks become modules of their own after that, with other names. timm calls `fuse`
 or `reparameterize` of every child but not of the model itself, and goes on into the child it had before `fuse` was

@@ -58,7 +58,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from .layers import ConvNormAct
 from .networks import DirectionAttention, FusedBottleneck, MixedFeatureNet, SpatialBiasHead

@@ -85,7 +85,7 @@ class CosineHarmonyTask(ClassificationTask):
 
     Args:
         model: The timm model to train.
-        criterion: Classification loss; see `timm.task.ClassificationTask` for the default.
+        criterion: Classification loss; see `timm.task.ClassificationTask` for the default, which timm 1.0.27 lacks.
         weight: Weight of the Cosine-Harmony loss.
         alpha: See `CosineHarmonyLoss`.
         variant: See `CosineHarmonyLoss`.
