@@ -33,6 +33,7 @@ from timm_lfnsb.evaluate import (
 )
 from timm_lfnsb.figures import confusion_figure, reliability_figure
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
+from timm_lfnsb.networks import MixedFeatureNet
 
 OTHER_NAMES = {
     'neutral': 'None-Expression', 'happiness': 'happy', 'sadness': 'Sad', 'surprise': 'surprised', 'fear': 'Fearful',
@@ -139,6 +140,22 @@ def test_probabilities_are_those_of_the_bare_model_one_image_at_a_time(model, tr
             expected = model(image[None]).softmax(1)[0].numpy()
         assert np.allclose(probabilities, expected, atol=1e-5)
         assert file.startswith(EXPRESSIONS_7[label] + '/')
+
+
+def test_a_reparameterised_copy_does_the_work(model, tree, predictions, monkeypatch):
+    norms, used = [], []
+    forward = MixedFeatureNet.forward
+
+    def spy(self, x):
+        used.append(self)
+        norms.append(sum('BatchNorm' in type(module).__name__ for module in self.modules()))
+        return forward(self, x)
+
+    monkeypatch.setattr(MixedFeatureNet, 'forward', spy)
+    again = predict_folder(model, tree, **FAST)
+    assert set(norms) == {0} and model not in used
+    assert any('BatchNorm' in type(module).__name__ for module in model.modules())
+    assert np.allclose(again.probabilities, predictions.probabilities, atol=1e-6)
 
 
 def test_batch_size_and_workers_do_not_matter(model, tree, predictions):

@@ -61,6 +61,19 @@ def test_default_model_labels_the_nasa_portrait(astronaut):
     assert [face.label for face in faces] == ['happiness']
 
 
+def norms(model: torch.nn.Module) -> int:
+    return sum('BatchNorm' in type(module).__name__ for module in model.modules())
+
+
+def test_a_model_by_name_is_reparameterised_and_says_the_same(model_dir, astronaut):
+    given = timm.create_model(f'local-dir:{model_dir}', pretrained=True)
+    by_name, by_model = ExpressionRecognizer(f'local-dir:{model_dir}'), ExpressionRecognizer(given)
+    assert norms(by_name.model) == 0
+    assert by_model.model is given and norms(given) > 100  # nobody's own model is changed
+    [first], [second] = by_name(astronaut), by_model(astronaut)
+    assert first.probabilities == pytest.approx(second.probabilities, abs=1e-5)
+
+
 def test_single_image(recognize, astronaut):
     faces = recognize(astronaut)
     assert len(faces) == 1

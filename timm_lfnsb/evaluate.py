@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -145,7 +146,8 @@ def predict_folder(
     """Classify the images DATA_DIR/SPLIT/LABEL/FILE.
 
     Args:
-        model: A timm model, which is moved to the device and set to eval mode, or a name for `load_model`.
+        model: A timm model, which is moved to the device and set to eval mode, or a name for `load_model`. A
+            reparameterised copy does the work.
         data_dir: Folder that holds the split folders.
         split: Name of the split's folder.
         tta: 'hflip' for the mean of the softmax outputs of an image and its mirror image.
@@ -182,6 +184,7 @@ def predict_folder(
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise EvaluationError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from error
+    model = reparameterize_model(model)
 
     loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
     outputs = []

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.utils import reparameterize_model
 
 from . import networks as networks  # registers the models
 from .faces import Box, HaarDetector, ImageError, ImageInput, align_face, aligned_box, clip_box, crop_face, read_image
@@ -60,7 +61,8 @@ class ExpressionRecognizer:
 
     Args:
         model: What `timm.create_model` takes: a name ('lfnsb', 'lfnsb.ferplus'), 'local-dir:FOLDER' or
-            'hf-hub:ORG/NAME'; or a timm model with its weights, which is moved to the device and put into eval mode.
+            'hf-hub:ORG/NAME', which is reparameterised for speed; or a timm model with its weights, which is moved to
+            the device and put into eval mode, nothing else.
             Its `pretrained_cfg` must carry `label_names`. Or a file that `timm-lfnsb export` wrote ('model.onnx'),
             which runs in its own runtime on the CPU, with labels and preprocessing as its metadata say.
         detector: 'haar' for OpenCV's frontal face cascade (see `HaarDetector`); None for images that are faces
@@ -100,7 +102,10 @@ class ExpressionRecognizer:
         self.batch_size = batch_size
 
         if isinstance(model, (str, PathLike)):
-            model = ExportedModel(model) if is_exported(model) else load_model(str(model))
+            if is_exported(model):
+                model = ExportedModel(model)
+            else:
+                model = reparameterize_model(load_model(str(model)), inplace=True)
         self.model: nn.Module | ExportedModel
         if isinstance(model, ExportedModel):
             if str(device) not in ('auto', 'cpu'):
