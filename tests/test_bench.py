@@ -212,6 +212,7 @@ def test_floors_are_the_network_without_attention_and_prelu(name):
     assert np.isfinite(bench.training_step(floors[2], images)().item())
 
 
+@pytest.mark.slow
 @needs_runtimes
 def test_floor_and_profile_in_the_report():
     report = bench.run_benchmark(short(
@@ -303,7 +304,7 @@ def test_what_computes_something_else_is_not_timed(monkeypatch):
         def forward(self, x):
             return 1.01 * self.model(x)
 
-    monkeypatch.setattr(timm.models, 'reparameterize_model', Wrong)
+    monkeypatch.setattr(timm.utils, 'reparameterize_model', Wrong)
     report = bench.run_benchmark(short(plain=True, memory_formats=['contiguous']))
     wrong = [row for row in report['results'] if row['form'] == 'reparameterised']
     right = [row for row in report['results'] if row['form'] == 'plain']

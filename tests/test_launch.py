@@ -4,9 +4,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from timm.data import create_dataset, create_loader
 
 from timm_lfnsb import launch, memory
 from timm_lfnsb.balance import BalancedDataset
+from timm_lfnsb.cli import main
 from timm_lfnsb.label_check import warn_of_other_labels
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
 from timm_lfnsb.recipes import recipe_names
@@ -27,13 +30,37 @@ STANDIN = Path(__file__).parent / 'standin_train.py'
 
 
 def run(*args: str, env: dict[str, str] | None = None, launcher: list[str] | None = None):
+    """As a user would: a process of its own."""
     command = [*(launcher or [sys.executable, '-m', 'timm_lfnsb']), 'run', *map(str, args)]
     environ = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **(env or {}))
     return subprocess.run(command, capture_output=True, text=True, env=environ)
 
 
+# Its processes are forked from one that imported the libraries once, which takes longer than any of these tests.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['timm', 'torch', 'timm.task', 'timm_lfnsb.cli'])
+
+
+def _main(args: list[str], env: dict[str, str], outputs: list[str]) -> None:
+    for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.environ.update(env)
+    sys.argv = ['timm-lfnsb', *args]
+    main()
+
+
+def run_forked(*args: str, env: dict[str, str] | None = None):
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [f'{folder}/stdout', f'{folder}/stderr']
+        process = FORKS.Process(target=_main, args=(['run', *map(str, args)], env or {}, outputs))
+        process.start()
+        process.join()
+        stdout, stderr = (Path(output).read_text() for output in outputs)
+    return subprocess.CompletedProcess(args, process.exitcode, stdout, stderr)
+
+
 def standin(tmp_path, *args: str) -> dict:
-    result = run(STANDIN, '--output', tmp_path, *args)
+    result = run_forked(STANDIN, '--output', tmp_path, *args)
     assert result.returncode == 0, result.stderr
     return json.loads((tmp_path / 'result.json').read_text())
 
@@ -71,7 +98,7 @@ def test_the_options_work_from_yaml_and_the_command_line_wins(tmp_path):
 
 
 def test_the_options_show_in_help():
-    result = run(STANDIN, '--help')
+    result = run_forked(STANDIN, '--help')
     assert result.returncode == 0
     for flag in ('--cosine-harmony WEIGHT', '--cosine-harmony-alpha', '--cosine-harmony-variant',
                  '--cosine-harmony-fixed-centers', '--balance-power POWER', '--skip-folders NAME', '--no-epoch-seeds',
@@ -93,7 +120,7 @@ def test_a_script_by_name_in_timm_scripts(tmp_path):
     folder = tmp_path / 'clone'
     folder.mkdir()
     (folder / 'train.py').write_text(STANDIN.read_text())
-    result = run('train.py', '--output', tmp_path, env={'TIMM_SCRIPTS': str(folder)})
+    result = run_forked('train.py', '--output', tmp_path, env={'TIMM_SCRIPTS': str(folder)})
     assert result.returncode == 0 and (tmp_path / 'result.json').is_file()
 
 
@@ -102,7 +129,7 @@ def test_other_scripts_run_as_they_are(tmp_path):
     script.write_text("import sys, timm\n"
                       "if __name__ == '__main__':\n"
                       "    print(sys.argv[1:], timm.is_model('lfnsb'), sys.argv[0][-11:])\n")
-    result = run(script, '--model', 'lfnsb', '--help')
+    result = run_forked(script, '--model', 'lfnsb', '--help')
     assert result.stdout.strip() == "['--model', 'lfnsb', '--help'] True validate.py"
 
 
@@ -114,7 +141,7 @@ def test_other_scripts_run_as_they_are(tmp_path):
     (['--cosine-harmony-alpha', '2'], ['[0, 1]']),
 ])
 def test_what_cannot_work_is_refused_in_one_sentence(flags, words, tmp_path):
-    one_sentence(run(STANDIN, '--output', tmp_path, '--cosine-harmony', '1', *flags), *words)
+    one_sentence(run_forked(STANDIN, '--output', tmp_path, '--cosine-harmony', '1', *flags), *words)
     assert not (tmp_path / 'result.json').exists()
 
 
@@ -135,8 +162,8 @@ def test_a_script_that_goes_past_the_replaced_task_is_refused(tmp_path):
     parser = 'parser = argparse.ArgumentParser(description'
     script = changed_standin(tmp_path, parser, f"TASKS = {{'classification': ClassificationTask}}\n{parser}")
     script.write_text(script.read_text().replace('task = ClassificationTask(', "task = TASKS['classification']("))
-    assert run(script, '--output', tmp_path).returncode == 0
-    one_sentence(run(script, '--output', tmp_path, '--cosine-harmony', '1'), 'builds a ClassificationTask')
+    assert run_forked(script, '--output', tmp_path).returncode == 0
+    one_sentence(run_forked(script, '--output', tmp_path, '--cosine-harmony', '1'), 'builds a ClassificationTask')
 
 
 def test_scripts_that_parse_known_args_or_check_the_type(tmp_path):
@@ -145,20 +172,20 @@ def test_scripts_that_parse_known_args_or_check_the_type(tmp_path):
     script.write_text(script.read_text().replace(
         '    parts = task(', '    assert isinstance(task, ClassificationTask)\n    parts = task('))
     for flags, name in (([], 'ClassificationTask'), (['--cosine-harmony', '1'], 'CosineHarmonyTask')):
-        result = run(script, '--output', tmp_path, *flags)
+        result = run_forked(script, '--output', tmp_path, *flags)
         assert result.returncode == 0, result.stderr
         assert json.loads((tmp_path / 'result.json').read_text())['task'] == name
 
 
 def test_a_variant_from_yaml_is_checked(tmp_path):
     (tmp_path / 'config.yaml').write_text('cosine_harmony: 1.0\ncosine_harmony_variant: best\n')
-    one_sentence(run(STANDIN, '--config', tmp_path / 'config.yaml'), 'reference, intended, paper')
+    one_sentence(run_forked(STANDIN, '--config', tmp_path / 'config.yaml'), 'reference, intended, paper')
 
 
 def test_siblings_of_a_script_can_be_imported(tmp_path):
     (tmp_path / 'sibling.py').write_text('word = 17\n')
     (tmp_path / 'inference.py').write_text('import sibling\nprint(sibling.word)\n')
-    assert run(tmp_path / 'inference.py', '-c', 'not-a-recipe').stdout.strip() == '17'
+    assert run_forked(tmp_path / 'inference.py', '-c', 'not-a-recipe').stdout.strip() == '17'
 
 
 def test_a_validation_split_that_is_not_there_is_refused(timm_scripts, face_folder):
@@ -168,12 +195,12 @@ def test_a_validation_split_that_is_not_there_is_refused(timm_scripts, face_fold
 
 
 def test_missing_script():
-    environ = {'TIMM_SCRIPTS': ''}
-    one_sentence(run('no_such_train.py', env=environ), 'no_such_train.py', 'TIMM_SCRIPTS', 'pytorch-image-models')
+    result = run_forked('no_such_train.py', env={'TIMM_SCRIPTS': ''})
+    one_sentence(result, 'no_such_train.py', 'TIMM_SCRIPTS', 'pytorch-image-models')
 
 
 def test_unknown_recipe(tmp_path):
-    one_sentence(run(STANDIN, '--config', 'no-such-recipe'), 'no-such-recipe', recipe_names()[0])
+    one_sentence(run_forked(STANDIN, '--config', 'no-such-recipe'), 'no-such-recipe', recipe_names()[0])
 
 
 def test_script_without_tasks_is_too_old(tmp_path):
@@ -181,14 +208,14 @@ def test_script_without_tasks_is_too_old(tmp_path):
     text = STANDIN.read_text().replace('from timm.task import ClassificationTask\n', '')
     script.write_text(text.replace(
         'task = ClassificationTask(', 'return print(args.cosine_harmony)\n    task = (lambda **k: k)('))
-    assert run(script).stdout.strip() == '0.0'
-    one_sentence(run(script, '--cosine-harmony', '1'), 'too old', '1.0.27')
+    assert run_forked(script).stdout.strip() == '0.0'
+    one_sentence(run_forked(script, '--cosine-harmony', '1'), 'too old', '1.0.27')
 
 
 def test_script_without_main(tmp_path):
     script = tmp_path / 'train_thing.py'
     script.write_text('x = 1\n')
-    one_sentence(run(script), 'no main()')
+    one_sentence(run_forked(script), 'no main()')
 
 
 # --- class balance -----------------------------------------------------------------------------------------------
@@ -266,7 +293,7 @@ def test_balance_power_in_the_launcher(imbalanced_folder, tmp_path):
     (['--balance-power', '1', '--use-multi-epochs-loader'], ['--use-multi-epochs-loader']),
 ])
 def test_balance_power_refuses_what_cannot_work(flags, words, tmp_path):
-    one_sentence(run(STANDIN, '--output', tmp_path, *flags), '--balance-power', *words)
+    one_sentence(run_forked(STANDIN, '--output', tmp_path, *flags), '--balance-power', *words)
 
 
 def test_balance_power_needs_a_folder():
@@ -359,7 +386,7 @@ def test_labels_of_a_run_of_train_py(label_run, face_folder, tmp_path):
 
 
 def test_the_launcher_warns_once_on_stderr(tmp_path, face_folder):
-    result = run(STANDIN, '--output', tmp_path, '--model', 'lfnsb', '--pretrained', '--data-dir', face_folder)
+    result = run_forked(STANDIN, '--output', tmp_path, '--model', 'lfnsb', '--pretrained', '--data-dir', face_folder)
     assert result.returncode == 0 and result.stderr.count('other classes') == 1, result.stderr
     assert ', '.join(EXPRESSIONS_8) in result.stderr and 'anger, happiness, neutral, sadness' in result.stderr
 

@@ -19,6 +19,7 @@ import pytest
 import timm
 
 OLDEST_TIMM = re.search(r'"timm>=([\d.]+)"', (Path(__file__).parent.parent / 'pyproject.toml').read_text())[1]
+OURS = 'lfn or mfn or mobilefacenet or ddamfn'
 
 CALL_FOR_OUR_NAMES = '''
 import inspect
@@ -77,32 +78,36 @@ def run_own_tests(packages: Path) -> None:
     """The parts of this suite that lean on what timm changed between releases."""
     root = Path(__file__).parent.parent
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, [packages, root])))
-    files = [str(Path(__file__).parent / f'test_{name}.py') for name in ('pack', 'task', 'networks', 'weights')]
+    tests = [str(Path(__file__).parent / f'test_{name}') for name in (
+        'pack.py', 'task.py', 'networks.py', 'weights.py', 'reparameterize.py', 'recognizer.py',
+        'export.py::test_onnx_file', 'bench.py::test_run')]
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', *files],
+        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', *tests],
         cwd=root, env=env, capture_output=True, text=True)
     print(result.stdout.strip().splitlines()[-1])
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-def run_timm_tests(folder: Path, packages: list[Path]) -> None:
+def run_timm_tests(folder: Path, packages: list[Path], networks: str = OURS, least: int = 50) -> None:
     root = Path(__file__).parent.parent
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, [*packages, folder, root])))
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-p', 'timm_lfnsb', '-p', 'no:cacheprovider', '-q', '--no-header', '-rfEs',
-         '--rootdir', str(folder), '-k', 'lfn or mfn or mobilefacenet or ddamfn',
+         '--rootdir', str(folder), '-k', networks,
          'tests/test_models.py', 'tests/test_ours.py'],
         cwd=folder, env=env, capture_output=True, text=True)
     report = result.stdout[-6000:] + result.stderr[-2000:]
     assert result.returncode == 0, report
     counts = dict((word, int(count)) for count, word in re.findall(r'(\d+) (passed|skipped|failed)', report))
     print(report.strip().splitlines()[-1])
-    assert counts.get('passed', 0) >= 50 and not counts.get('skipped') and not counts.get('failed'), report
+    assert counts.get('passed', 0) >= least and not counts.get('skipped') and not counts.get('failed'), report
 
 
-def test_installed_timm(tmp_path):
+@pytest.mark.parametrize('networks, least', [
+    ('lfnsb', 10), pytest.param(f'({OURS}) and not lfnsb', 40, marks=pytest.mark.slow)], ids=['lfnsb', 'others'])
+def test_installed_timm(networks, least, tmp_path):
     timm_tests(timm.__version__, tmp_path)
-    run_timm_tests(tmp_path, [])
+    run_timm_tests(tmp_path, [], networks, least)
 
 
 @pytest.mark.slow
