@@ -401,7 +401,9 @@ def test_many_networks_are_all_compiled():
 
 @pytest.mark.slow
 def test_cold_start_and_compiled():
-    report = bench.run_benchmark(short(runtimes=['eager', 'compiled'], memory_formats=['contiguous'], cold_starts=1))
+    report = bench.run_benchmark(short(
+        models=[TINY], peers=[], runtimes=['eager', 'compiled'], memory_formats=['contiguous'], cold_starts=1))
+    assert len(report['results']) == 2
     for row in report['results']:
         start = row['cold_start']
         assert 'error' not in row and row['peak_mb'] > 100
