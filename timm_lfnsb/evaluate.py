@@ -18,7 +18,6 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
-from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -64,17 +63,18 @@ class Predictions:
         return self.predicted == self.labels
 
 
-def load_model(name: str) -> nn.Module:
+def load_model(name: str, inference: bool = False) -> nn.Module:
     """Create a timm model with its trained weights.
 
     Args:
         name: A registered name with weights, 'local-dir:PATH' or 'hf-hub:ID'.
+        inference: In eval mode and, if of this zoo, reparameterised: see `timm_lfnsb.hub.load_for_inference`.
 
     Raises:
         EvaluationError: When there is no such model, or no weights for it.
     """
     try:
-        return hub.load_model(name)
+        return hub.load_for_inference(name) if inference else hub.load_model(name)
     except Exception as error:  # registry, Hub and file formats each raise types of their own
         if 'No pretrained weights exist' in str(error):
             raise EvaluationError(
@@ -146,8 +146,7 @@ def predict_folder(
     """Classify the images DATA_DIR/SPLIT/LABEL/FILE.
 
     Args:
-        model: A timm model, which is moved to the device and set to eval mode, or a name for `load_model`. A
-            reparameterised copy does the work.
+        model: A timm model, which is moved to the device and set to eval mode, or a name for `load_model`.
         data_dir: Folder that holds the split folders.
         split: Name of the split's folder.
         tta: 'hflip' for the mean of the softmax outputs of an image and its mirror image.
@@ -170,7 +169,7 @@ def predict_folder(
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if isinstance(model, str):
-        model = load_model(model)
+        model = load_model(model, inference=True)
     try:
         label_names = model_label_names(model)
     except ValueError as error:
@@ -184,7 +183,6 @@ def predict_folder(
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise EvaluationError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from error
-    model = reparameterize_model(model)
 
     loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
     outputs = []
@@ -388,8 +386,8 @@ def evaluate_folder(
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = load_model(model_name)
-    other = load_model(compare) if compare else None
+    model = load_model(model_name, inference=True)
+    other = load_model(compare, inference=True) if compare else None
     data_config = resolve_model_data_config(model)
     setting = {
         'split': split,

@@ -11,11 +11,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.utils import reparameterize_model
 
 from . import networks as networks  # registers the models
 from .faces import Box, HaarDetector, ImageError, ImageInput, align_face, aligned_box, clip_box, crop_face, read_image
-from .hub import load_model
+from .hub import load_for_inference
 from .labels import canonical_name, model_label_names
 from .runtimes import ExportedModel, RuntimeFileError, is_exported
 
@@ -61,10 +60,10 @@ class ExpressionRecognizer:
 
     Args:
         model: What `timm.create_model` takes: a name ('lfnsb', 'lfnsb.ferplus'), 'local-dir:FOLDER' or
-            'hf-hub:ORG/NAME', which is reparameterised for speed; or a timm model with its weights, which is moved to
-            the device and put into eval mode, nothing else.
-            Its `pretrained_cfg` must carry `label_names`. Or a file that `timm-lfnsb export` wrote ('model.onnx'),
-            which runs in its own runtime on the CPU, with labels and preprocessing as its metadata say.
+            'hf-hub:ORG/NAME'; networks of this zoo are then reparameterised. Or a timm model with its weights, which
+            is only moved to the device and put into eval mode. Either's `pretrained_cfg` must carry `label_names`. Or
+            a file that `timm-lfnsb export` wrote ('model.onnx'), which runs in its own runtime on the CPU, with labels
+            and preprocessing as its metadata say.
         detector: 'haar' for OpenCV's frontal face cascade (see `HaarDetector`); None for images that are faces
             already, each taken whole; or a function from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width,
             height in pixels, or to five points of each face (N, 5, 2), with which the crop is `align_face`.
@@ -102,10 +101,7 @@ class ExpressionRecognizer:
         self.batch_size = batch_size
 
         if isinstance(model, (str, PathLike)):
-            if is_exported(model):
-                model = ExportedModel(model)
-            else:
-                model = reparameterize_model(load_model(str(model)), inplace=True)
+            model = ExportedModel(model) if is_exported(model) else load_for_inference(str(model))
         self.model: nn.Module | ExportedModel
         if isinstance(model, ExportedModel):
             if str(device) not in ('auto', 'cpu'):

@@ -49,7 +49,7 @@ def measure(name: str, data_dir: Path, robustness: Sequence[str] = tuple(PERTURB
         `temperature`, `calibration` (see `measure_calibration`), `robustness` (see `measure_robustness`; not there
         where nothing was asked for) and `measured_with`, the versions of the packages.
     """
-    model = load_model(name)
+    model = load_model(name, inference=True)
     predictions = {split: predict_folder(model, data_dir, split=split) for split in SPLITS}
     calibration = measure_calibration(predictions['validation'], predictions['test'])
     measured = {

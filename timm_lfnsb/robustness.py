@@ -131,7 +131,7 @@ def measure_robustness(
     if unknown:
         raise ValueError(f"there is no perturbation {', '.join(unknown)}; there are {', '.join(PERTURBATIONS)}.")
     if isinstance(model, str):
-        model = load_model(model)
+        model = load_model(model, inference=True)
     if clean is None:
         clean = predict_folder(model, data_dir, split=split, **options)
     rows = {}

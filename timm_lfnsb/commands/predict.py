@@ -31,12 +31,11 @@ def predict(
     """
     import json
 
-    from timm.utils import reparameterize_model
     from tqdm import tqdm
 
     from ..annotate import annotation_paths, draw_faces, save_picture
     from ..faces import ImageError, find_images
-    from ..hub import load_model
+    from ..hub import load_for_inference
     from ..recognizer import ExpressionRecognizer
     from ..runtimes import is_exported
     if sample:
@@ -57,7 +56,7 @@ def predict(
     if not found:
         raise click.ClickException(' '.join(problems))
     try:
-        network = model if is_exported(model) else reparameterize_model(load_model(model), inplace=True)
+        network = model if is_exported(model) else load_for_inference(model)
     except Exception as error:  # timm, the Hub and the file formats each raise types of their own
         if 'No pretrained weights exist' in str(error):
             message = f'{model} has no trained weights: give a model that has some, local-dir:PATH or hf-hub:ID.'
