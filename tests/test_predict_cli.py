@@ -13,6 +13,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from timm_lfnsb.cli import main
+from timm_lfnsb.networks import MixedFeatureNet
 
 
 @pytest.fixture(scope='module')
@@ -50,6 +51,14 @@ def predict(capsys):
             main.main(['predict', *map(str, args)], prog_name='timm-lfnsb')
         return exit_info.value.code, *capsys.readouterr()
     return run
+
+
+def test_the_network_runs_reparameterised(folder, model, predict, monkeypatch):
+    used = []
+    forward = MixedFeatureNet.forward
+    monkeypatch.setattr(MixedFeatureNet, 'forward', lambda self, x: used.append(self) or forward(self, x))
+    assert predict('photos/ann.jpg', '--model', model)[0] == 0
+    assert used and not any('BatchNorm' in type(module).__name__ for network in used for module in network.modules())
 
 
 def test_json_lines(folder, model, predict):

@@ -120,10 +120,18 @@ def load_model(name: str, cache_dir: str | Path | None = None) -> nn.Module:
         raise HubError(f"{repo_id} on the Hub is no model that can be loaded ({_first_line(error)}).") from error
 
 
-def load_for_inference(name: str, cache_dir: str | Path | None = None) -> nn.Module:
-    """`load_model` in eval mode, a network of this zoo reparameterised: the same outputs, faster, other parameters."""
-    from .networks import MixedFeatureNet
-    model = load_model(name, cache_dir).eval()
+def load_for_inference(name: str) -> nn.Module:
+    """`load_model` in eval mode, a network of this zoo reparameterised: the same outputs, faster, other parameters.
+
+    Args:
+        name: See `load_model`.
+
+    Raises:
+        HubError: See `load_model`.
+        RuntimeError: See `load_model`.
+    """
+    from .networks import MixedFeatureNet  # which imports this module
+    model = load_model(name).eval()
     return reparameterize_model(model, inplace=True) if isinstance(model, MixedFeatureNet) else model
 
 
