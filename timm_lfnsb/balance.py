@@ -34,18 +34,21 @@ class BalancedDataset(Subset):
     def __init__(self, dataset: Any, power: float, seed: int = 0):
         if not 0 <= power <= 1:
             raise ValueError(f'the balance power must lie in [0, 1], got {power}.')
-        try:
-            targets = torch.tensor([target for _, target in dataset.reader.samples])
-            counts = targets.bincount()
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            raise ValueError('class balance needs a folder of images as --data-dir, not --dataset.') from None
+        super().__init__(dataset, ())
+        counts = self._targets().bincount()
         # In shared memory: worker processes that live on from epoch to epoch keep the dataset they were started with.
-        super().__init__(dataset, torch.arange(len(targets)).share_memory_())
-        self.weights = counts.double()[targets] ** -power
+        self.indices = torch.arange(len(dataset)).share_memory_()
+        self.power = power
         self.seed = seed
         self.set_epoch(0)
         if world_info_from_env()[1] == 0:
             self._log(counts, power)
+
+    def _targets(self) -> torch.Tensor:
+        try:
+            return torch.tensor([target for _, target in self.dataset.reader.samples])
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            raise ValueError('class balance needs a folder of images as --data-dir, not --dataset.') from None
 
     def _log(self, counts: torch.Tensor, power: float) -> None:
         shares = counts.double() ** (1 - power) * (counts > 0)
@@ -56,8 +59,12 @@ class BalancedDataset(Subset):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the images of an epoch; timm's train script calls this before each."""
+        if hasattr(self.dataset, 'set_epoch'):  # labels that are drawn anew make other classes rare
+            self.dataset.set_epoch(epoch)
+        targets = self._targets()
+        weights = targets.bincount().double()[targets] ** -self.power
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        drawn = WeightedRandomSampler(self.weights, len(self), generator=generator)  # type: ignore[arg-type]
+        drawn = WeightedRandomSampler(weights, len(self), generator=generator)  # type: ignore[arg-type]
         self.indices.copy_(torch.tensor(list(drawn)))
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from timm.utils import random_seed
-from torch.utils.data import Dataset, RandomSampler, get_worker_info
+from torch.utils.data import RandomSampler, get_worker_info
+
+from .datasets import DatasetWrapper
 
 
 def mix_seed(*numbers: int) -> int:
@@ -19,7 +21,7 @@ def mix_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([number % 2 ** 32 for number in numbers]).generate_state(1)[0])
 
 
-class SeededDataset(Dataset):
+class SeededDataset(DatasetWrapper):
     """Training set that seeds each worker process anew in each epoch, by seed, epoch, rank and worker number.
 
     timm's loader keeps its workers from epoch to epoch, and torch seeds them only when they start. In all else this is
@@ -32,7 +34,7 @@ class SeededDataset(Dataset):
     """
 
     def __init__(self, dataset: Any, seed: int, rank: int = 0):
-        self.dataset = dataset
+        super().__init__(dataset)
         self.seed = seed
         self.rank = rank
         # In shared memory, where workers that live on see it change.
@@ -45,23 +47,6 @@ class SeededDataset(Dataset):
             random_seed(mix_seed(self.seed, epoch, self.rank, 1 + worker.id), 0)
             self._seeded_epoch = epoch
         return self.dataset[index]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == 'dataset' or name.startswith('__'):  # not there yet while a worker unpickles this
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    # timm's loader sets the transform after the dataset is made.
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
 
 
 def seed_epoch(loader: Any, seed: int, epoch: int, rank: int = 0) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from torchvision.transforms import Compose
+
 from .loss import VARIANTS
 from .recipes import class_map_path, recipe_names, recipe_path
 
@@ -119,13 +121,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        help='its formula (default: reference)')
     group.add_argument('--cosine-harmony-fixed-centers', action='store_true', default=False,
                        help='keep the random class centers instead of learning them')
-    group = parser.add_argument_group('Class balance (timm_lfnsb)')
+    group = parser.add_argument_group('Labels and rare classes (timm_lfnsb)')
+    group.add_argument('--label-votes', default='', metavar='FILE',
+                       help="CSV file of crowd votes (a column 'file', and one of counts for each label): each epoch "
+                            "draws each image's label anew from its votes; an image without any keeps its folder's. "
+                            'A bare name is also looked for in the data folder')
+    group.add_argument('--logit-adjustment', type=float, default=0., metavar='TAU',
+                       help="add TAU x log(share of the class in training) to the logits of the training loss, so that "
+                            'rare classes are answered more often: 1 = as if all were equally frequent, 0 = off. With '
+                            'distillation the teacher is compared with the adjusted logits (default: 0)')
     group.add_argument('--balance-power', type=float, default=0., metavar='POWER',
                        help='draw the training images of an epoch with replacement, and a class of n images in '
                             'proportion to n ** (1 - POWER): 1 = all classes equally often, 0.5 = by the square root '
                             'of their size, 0 = off, each image once. Rare classes usually gain and with them balanced '
                             'accuracy; frequent ones, and plain accuracy on data as imbalanced as the training split, '
                             'may lose (default: 0)')
+    group = parser.add_argument_group('Augmentation (timm_lfnsb)')
+    group.add_argument('--photo-look', type=float, nargs='?', const=0.3, default=0., metavar='P',
+                       help="give training images the look of people's photographs before timm's own augmentation: lower "
+                            'resolution, blur, JPEG, gamma, a small tilt and shift, each with probability P (0.3 where '
+                            'none is given; default: 0, off)')
     group = parser.add_argument_group('Safe training (timm_lfnsb)')
     group.add_argument('--skip-folders', nargs='+', default=[], metavar='NAME',
                        help='folders of images whose class is left out on purpose; any other folder that the class map '
@@ -145,7 +160,7 @@ def extend_train_script(module: Any) -> None:
     """
     parser = module.parser
     add_options(parser)
-    options = argparse.Namespace(cosine_harmony=0., balance_power=0., no_epoch_seeds=True)
+    options = argparse.Namespace()
     parse_known_args = parser.parse_known_args
     plain_task: Any = getattr(module, 'ClassificationTask', None)
     plain_dataset: Any = getattr(module, 'create_dataset', None)
@@ -183,6 +198,8 @@ def extend_train_script(module: Any) -> None:
         dataset = plain_dataset(*args, **kwargs)
         if not kwargs.get('is_training'):
             return dataset
+        if options.label_votes:
+            dataset = voted_dataset(dataset, options)
         if options.balance_power:
             from .balance import BalancedDataset
             try:
@@ -198,7 +215,11 @@ def extend_train_script(module: Any) -> None:
         if kwargs.get('is_training') and getattr(options, 'mixup_off_epoch', 0):
             # Workers that live on have a copy of timm's mixup, and would never hear that it is off.
             kwargs['persistent_workers'] = False
-        return plain_loader(*args, **kwargs)
+        loader = plain_loader(*args, **kwargs)
+        if kwargs.get('is_training') and options.photo_look:
+            from .photo_look import PhotoLook
+            prepend_transform(loader.dataset, PhotoLook(options.photo_look))
+        return loader
 
     def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
         assert epoch_signature is not None
@@ -223,6 +244,31 @@ def extend_train_script(module: Any) -> None:
         module.utils = SimpleNamespace(**{**vars(module.utils), **ours})  # timm's own stays as it is
     for name in ours.keys() & vars(module).keys():
         setattr(module, name, ours[name])
+
+
+def voted_dataset(dataset: Any, options: argparse.Namespace) -> Any:
+    """The training set with labels drawn from the votes of --label-votes.
+
+    Raises:
+        LaunchError: When the file does not fit the dataset.
+    """
+    from .pack import PackError, run_label_names
+    from .votes import VotedDataset
+    try:
+        names = run_label_names(options)
+        if names is None:
+            raise ValueError('votes need a folder of images as --data-dir, not --dataset.')
+        return VotedDataset(dataset, Path(options.label_votes), names, getattr(options, 'seed', 0))
+    except (PackError, ValueError) as error:
+        raise LaunchError(f'--label-votes {options.label_votes}: {error}') from None
+
+
+def prepend_transform(dataset: Any, first: Any) -> None:
+    """Put a transform of PIL images before those that timm's loader gave a dataset."""
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    # With --train-img-sizes timm's own come later, outside of the dataset.
+    dataset.transform = first if dataset.transform is None else Compose([first, dataset.transform])
 
 
 def rank() -> int:
@@ -302,6 +348,12 @@ def resolve_paths(options: argparse.Namespace) -> None:
     data_dir = getattr(options, 'data_dir', None)
     if data_dir and Path(data_dir).is_dir():
         options.data_dir = str(Path(data_dir).resolve())
+    votes = getattr(options, 'label_votes', None)
+    if votes:
+        found = next((path for path in (Path(votes), Path(data_dir or '', votes)) if path.is_file()), None)
+        if found is None:
+            raise LaunchError(f'--label-votes {votes} is not a file, nor is it in the data folder {data_dir}.')
+        options.label_votes = str(found.resolve())
 
 
 def check_splits(options: argparse.Namespace) -> None:
