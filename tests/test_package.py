@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 
 @pytest.mark.slow

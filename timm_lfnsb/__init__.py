@@ -5,18 +5,18 @@ Importing this package registers the models with timm; nothing is fetched and no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import networks as networks
-from .loss import CosineHarmonyLoss
-from .task import CosineHarmonyTask
+from .losses.cosine_harmony import CosineHarmonyLoss
+from .models import networks as networks
+from .train.task import CosineHarmonyTask
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .faces import align_face
-    from .recognizer import ExpressionRecognizer
+    from .predict.faces import align_face
+    from .predict.recognizer import ExpressionRecognizer
 
 __all__ = ['CosineHarmonyLoss', 'CosineHarmonyTask', 'ExpressionRecognizer', '__version__', 'align_face']
 
-_LAZY = {'ExpressionRecognizer': 'recognizer', 'align_face': 'faces'}  # these import OpenCV
+_LAZY = {'ExpressionRecognizer': 'predict.recognizer', 'align_face': 'predict.faces'}  # these import OpenCV
 
 
 def __getattr__(name: str) -> Any:

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
+from typing import Any
 
 import click
 
 from . import commands
+from .errors import UserError
 from .version import __version__
 
 
@@ -20,6 +22,12 @@ class CommandFolder(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         return getattr(import_module(f'{commands.__name__}.{cmd_name}'), cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from None
 
 
 @click.command(cls=CommandFolder, context_settings=dict(help_option_names=['-h', '--help']))

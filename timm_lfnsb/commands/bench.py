@@ -67,8 +67,8 @@ def bench(
     the peer may be compared between runs and commits on one machine; milliseconds only within a run. Ctrl-C ends a run
     early and keeps what was measured.
     """
-    from .. import bench as module
-    from .. import bench_report
+    from ..bench import measure as module
+    from ..bench import report as bench_report
     if plot:
         try:
             from matplotlib.figure import Figure

@@ -15,8 +15,8 @@ import click
               help='Print the card of a folder made by timm-lfnsb pack instead.')
 def card(names: tuple[str, ...], out: Path, check: bool, folder: Path | None) -> None:
     """Write the model cards of embedded weights (default: all) from their JSON."""
-    from ..card import CardError, render_card_for_folder, stale_cards, write_cards
-    from ..embedded import ReleaseError, embedded_weights
+    from ..hub.card import CardError, render_card_for_folder, stale_cards, write_cards
+    from ..weights.names import ReleaseError, embedded_weights
     if folder is not None and (names or check):
         raise click.UsageError('--folder goes with neither NAMES nor --check.')
     names = names or tuple(embedded_weights())

@@ -35,8 +35,8 @@ def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: t
 
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
     """
-    from ..convert import ConvertError, listing
-    from ..convert import convert as convert_file
+    from ..checkpoints.convert import ConvertError, listing
+    from ..checkpoints.convert import convert as convert_file
     try:
         converted = convert_file(source, model, out_dir, labels, drop)
     except (ConvertError, OSError) as error:

@@ -11,8 +11,8 @@ def count(models: tuple[str, ...], as_json: bool) -> None:
     """Count parameters and multiply-accumulates of MODELS (default: all of this zoo), per stage."""
     import json
 
-    from ..count import count_model, format_counts
-    from ..networks import default_cfgs
+    from ..models.count import count_model, format_counts
+    from ..models.networks import default_cfgs
     try:
         counts = [count_model(name) for name in models or default_cfgs]
     except (RuntimeError, ValueError) as error:

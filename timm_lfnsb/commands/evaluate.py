@@ -24,7 +24,7 @@ def evaluate(
     metrics.json, predictions.csv, confusion.png and reliability.png, with --compare also compare.json.
     """
     try:
-        from ..evaluate import EvaluationError, evaluate_folder, format_metrics
+        from ..evaluate.predictions import EvaluationError, evaluate_folder, format_metrics
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"evaluate needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None

@@ -29,8 +29,8 @@ def export(
     """
     if batch != 'dynamic' and not (batch.isdecimal() and int(batch) >= 1):
         raise click.UsageError(f"--batch is a number from 1 on, or 'dynamic', not {batch!r}.")
-    from ..export import ExportError, export_model
-    from ..hub import load_model
+    from ..export.export import ExportError, export_model
+    from ..models.loading import load_model
     try:
         network = load_model(model)
     except Exception as error:  # timm, the Hub and the file formats each raise types of their own

@@ -18,7 +18,7 @@ def graft(model: str, out: Path, donor: str, seed: int) -> None:
     OUT is a .safetensors file for train.py's --initial-checkpoint.
     """
     try:
-        from ..graft import graft as graft_backbone
+        from ..checkpoints.graft import graft as graft_backbone
     except ModuleNotFoundError as error:
         raise click.ClickException(f"graft needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
     try:

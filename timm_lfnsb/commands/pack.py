@@ -14,8 +14,8 @@ import click
 @click.option('--half', is_flag=True, help='Store kernels and matrices as float16.')
 def pack(run: Path, out_dir: Path, labels: str | None, ema: bool, half: bool) -> None:
     """Turn RUN (a run folder or a checkpoint of train.py) into a timm folder OUT_DIR for 'local-dir:OUT_DIR'."""
-    from ..pack import PackError
-    from ..pack import pack as pack_run
+    from ..checkpoints.pack import pack as pack_run
+    from ..train.checkpoints import PackError
     names = [name.strip() for name in labels.split(',')] if labels else None
     try:
         packed = pack_run(run, out_dir, names, ema=ema, half=half)

@@ -33,11 +33,11 @@ def predict(
 
     from tqdm import tqdm
 
-    from ..annotate import annotation_paths, draw_faces, save_picture
-    from ..faces import ImageError, find_images
-    from ..hub import load_for_inference
-    from ..recognizer import ExpressionRecognizer
-    from ..runtimes import is_exported
+    from ..models.loading import load_for_inference
+    from ..predict.annotate import annotation_paths, draw_faces, save_picture
+    from ..predict.exported import is_exported
+    from ..predict.faces import ImageError, find_images
+    from ..predict.recognizer import ExpressionRecognizer
     if sample:
         import skimage
         images = (*images, Path(skimage.__file__).parent / 'data' / 'astronaut.png')

@@ -16,7 +16,7 @@ def prepare() -> None:
 
 
 def _prepare_command(dataset: str, source: Path, target: Path, hard_link: bool = False) -> None:
-    from ..prepare import PrepareError, format_description, prepare_dataset
+    from ..data.prepare import PrepareError, format_description, prepare_dataset
     try:
         description, already = prepare_dataset(dataset, source, target, hard_link)
     except PrepareError as error:

@@ -24,8 +24,8 @@ def push(
     Safetensors only, in one commit. A folder without README.md gets a card that says what is known of it. Log in with
     `hf auth login`, or set HF_TOKEN.
     """
-    from ..push import PushError, pin_hint
-    from ..push import push as push_source
+    from ..hub.push import PushError, pin_hint
+    from ..hub.push import push as push_source
     try:
         result = push_source(source, repo_id, private, create_pr, dry_run, metrics, license)
     except (PushError, OSError) as error:

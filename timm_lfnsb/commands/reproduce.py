@@ -50,11 +50,11 @@ def reproduce() -> None:
 def _add_experiment(name: str, summary: str) -> None:
     def callback(dry_run: bool, **settings: Any) -> None:
         try:
-            from .. import reproduce as logic
-            from ..evaluate import EvaluationError
-            from ..folds import FoldError
-            from ..launch import LaunchError
-            from ..pack import PackError
+            from ..data.subsets import FoldError
+            from ..errors import LaunchError
+            from ..evaluate.predictions import EvaluationError
+            from ..experiments import run as logic
+            from ..train.checkpoints import PackError
         except ModuleNotFoundError as error:
             raise click.ClickException(
                 f"reproduce needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
@@ -91,7 +91,7 @@ for _name, _summary in EXPERIMENTS.items():
 @click.argument('files', nargs=-1, type=click.Path(dir_okay=False, path_type=Path))
 def show(files: tuple[Path, ...]) -> None:
     """Print result FILES as Markdown; without any, those that come with the package."""
-    from ..reproduce import ReproduceError, committed_results, results_markdown
+    from ..experiments.run import ReproduceError, committed_results, results_markdown
     paths = list(files) or committed_results()
     if not paths:
         raise click.ClickException('this package holds no results yet: name the JSON files of your own.')

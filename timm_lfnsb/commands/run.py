@@ -13,7 +13,8 @@ def run(script: str, args: tuple[str, ...]) -> None:
     SCRIPT is a path, or a name such as train.py in the folder that TIMM_SCRIPTS names (a clone of timm). All further
     arguments are the script's own; train.py also takes --cosine-harmony and friends, see `run train.py --help`.
     """
-    from ..launch import LaunchError, run_script
+    from ..errors import LaunchError
+    from ..train.launch import run_script
     try:
         run_script(script, args)
     except LaunchError as error:

@@ -16,7 +16,7 @@ def weights() -> None:
 
 def _release():
     try:
-        from .. import release
+        from ..hub import ship as release
     except ModuleNotFoundError as error:
         raise click.ClickException(f"this needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
     return release
@@ -40,7 +40,7 @@ def verify(names: tuple[str, ...], data_dir: Path, robustness: bool) -> None:
     more than 0.02.
     """
     release = _release()
-    from ..robustness import PERTURBATIONS
+    from ..evaluate.robustness import PERTURBATIONS
     try:
         for name in names or release.embedded_weights():
             for line in release.verify(name, data_dir, tuple(PERTURBATIONS) if robustness else ()):
@@ -60,7 +60,7 @@ def measure(name: str, data_dir: Path, replace: bool) -> None:
     JSON has of them.
     """
     release = _release()
-    from ..robustness import robustness_table
+    from ..evaluate.robustness import robustness_table
     try:
         info = release.remeasure(name, data_dir, replace)
     except (release.ReleaseError, ValueError, OSError) as error:
@@ -87,7 +87,7 @@ def robustness(
     `weights measure` does that.
     """
     _release()
-    from ..robustness import PERTURBATIONS, measure_robustness, robustness_table
+    from ..evaluate.robustness import PERTURBATIONS, measure_robustness, robustness_table
     try:
         measured = measure_robustness(
             name, data_dir, split, names or tuple(PERTURBATIONS), batch_size=batch_size, workers=workers, device=device)
@@ -100,8 +100,8 @@ def robustness(
 @click.argument('folders', nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 def runs(folders: tuple[Path, ...]) -> None:
     """Print one table of the runs of train.py in FOLDERS, or of those that led to the embedded weights."""
-    from ..embedded import embedded_weights, weights_info
-    from ..runs import RunError, embedded_runs, find_runs, read_run, runs_table
+    from ..train.history import RunError, embedded_runs, find_runs, read_run, runs_table
+    from ..weights.names import embedded_weights, weights_info
     try:
         if folders:
             described = [read_run(run) for folder in folders for run in find_runs(folder)]
@@ -127,7 +127,7 @@ def ship(
 ) -> None:
     """Store the last of RUNS as the embedded weights NAME (ARCH.TAG), with a JSON of what it measures."""
     release = _release()
-    from ..pack import PackError
+    from ..train.checkpoints import PackError
     try:
         release.ship(name, runs, data_dir, robustness, notes, after)
     except (release.ReleaseError, PackError, ValueError, OSError) as error:

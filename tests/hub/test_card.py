@@ -1,0 +1,316 @@
+"""Model cards: they say what the JSON says, their front matter is valid, and their snippets run."""
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from support import ROOT
+from timm.models import save_for_hf
+
+from timm_lfnsb.cli import main
+from timm_lfnsb.hub import card
+from timm_lfnsb.weights.names import embedded_weights, weights_info
+
+NAMES = embedded_weights()
+CARDS = ROOT / 'hub_cards'
+
+
+@pytest.fixture(scope='module')
+def info() -> dict:
+    return weights_info('lfnsb.ferplus')
+
+
+def rows_of(text: str, first_header: str) -> list[dict[str, str]]:
+    """The Markdown table whose first header this is."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f'| {first_header} |'))
+    cells = []
+    for line in lines[start:]:
+        if not line.startswith('|'):
+            break
+        cells.append([cell.strip() for cell in line.strip('|').split('|')])
+    assert set(cells[1]) == {'---'} and len({len(row) for row in cells}) == 1
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_committed_card_is_what_the_json_says(name):
+    path = CARDS / f'{name}.md'
+    assert path.is_file(), 'make it with timm-lfnsb card'
+    assert path.read_text() == card.render_card(weights_info(name)), 'out of date: run timm-lfnsb card'
+
+
+def test_there_is_no_card_without_weights():
+    assert sorted(path.stem for path in CARDS.glob('*.md')) == NAMES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_front_matter_by_huggingface_hubs_own_parser(name):
+    text, stored = card.render_card(weights_info(name)), weights_info(name)
+    parsed = ModelCard(text, ignore_metadata_errors=False)
+    data = parsed.data
+    assert data.license == 'apache-2.0' and data.library_name == 'timm'
+    assert data.pipeline_tag == 'image-classification' and data.datasets == ['ferplus']
+    assert {'timm', 'transformers', 'facial-expression-recognition'} <= set(data.tags)
+    assert data.model_name == name
+    by_type = {result.metric_type: result for result in data.eval_results}
+    for metric_type, key in (('accuracy', 'accuracy'), ('balanced_accuracy', 'balanced_accuracy'), ('f1', 'macro_f1'),
+                             ('expected_calibration_error', 'ece')):
+        assert by_type[metric_type].metric_value == pytest.approx(stored['metrics']['test'][key], abs=6e-5)
+        assert by_type[metric_type].dataset_split == 'test'
+    front = yaml.safe_load(text.split('---\n')[1])
+    assert model_index_to_eval_results(front['model-index'])[0] == name
+    assert str(ModelCard(str(parsed))) == str(parsed)  # a round trip through the library changes nothing
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_figure_is_the_jsons(name):
+    stored = weights_info(name)
+    text = card.render_card(stored)
+    test = stored['metrics']['test']
+    rows = rows_of(text, 'class')
+    assert [row['class'] for row in rows] == stored['label_names']
+    for row, (label, figures) in zip(rows, test['per_class'].items(), strict=True):
+        assert row['faces'] == f"{figures['count']:,}"
+        low, high = figures['recall_interval']
+        assert row['recall'] == f"{figures['recall']:.3f} [{low:.3f}, {high:.3f}]"
+        given = sum(line[stored['label_names'].index(label)] for line in test['confusion'])
+        assert (row['precision'] == 'never predicted') == (given == 0)
+    for split in ('test', 'validation'):
+        low, high = stored['metrics'][split]['accuracy_interval']
+        assert f"{stored['metrics'][split]['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in text
+    robust = rows_of(text, 'images')
+    assert len(robust) == len(stored['robustness']['rows']) == 13
+    for row, figures in zip(robust, stored['robustness']['rows'].values(), strict=True):
+        assert row['images'] == figures['what'] and row['same label'] == f"{figures['agreement']:.3f}"
+        assert row['difference, in points'].startswith(f"{100 * figures['difference']:+.1f} [")
+    assert f"{stored['temperature']:.3f}" in text and stored['data']['sha256'][:16] in text
+    for label in ('disgust', 'contempt'):
+        assert re.search(rf"(?i){label} \({test['per_class'][label]['count']}\)", text)
+    for run in stored['runs']:
+        assert f"| {run['recipe']} |" in text
+    for note in stored.get('notes', []):
+        assert note in text
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_a_card_must_say(name):
+    text = ' '.join(card.render_card(weights_info(name)).split())
+    headings = re.findall(r'## ([A-Z][a-z, ]+?)(?= [A-Z*|`-])', text)
+    for heading in ('What it does', 'Use', 'Figures', 'Robustness', 'Speed', 'Training', 'Limits', 'Citation'):
+        assert f'## {heading}' in text, headings
+    for phrase in (
+            'must not be redistributed', 'MIT licence', 'Fairness was therefore not measured', 'Article 5(1)(f)',
+            'An expression is not a feeling', 'too few faces', 'FER+ is grey', 'plurality'):
+        assert phrase in text, phrase
+    assert '/tmp' not in text and 'nan' not in text.split() and 'None' not in text.replace('detector=None', '')
+
+
+def test_the_papers_figures_stand_in_their_own_column_and_only_for_its_network(info):
+    text = card.render_card(info)
+    [header] = [line for line in text.splitlines() if 'test, 3,355 faces' in line]
+    assert header.split('|')[-2].strip() == "the paper's own figures, other data: not comparable"
+    [accuracy] = [line for line in text.splitlines() if line.startswith('| accuracy |')]
+    cells = accuracy.split('|')
+    assert '91.07 %' in cells[-2] and all('91.07' not in cell for cell in cells[:-2])
+    assert text.count('91.07') == text.count('66.57') == text.count('63.12') == 1
+    other = card.render_card({**info, 'model': 'mfn.ferplus'})
+    assert '91.07' not in other and "paper's own" not in other
+    assert ModelCard(other).data.model_name == 'mfn.ferplus' and '4.17 million' in other
+
+
+def test_a_changed_json_is_noticed(info, tmp_path, monkeypatch):
+    arguments = ['card', 'lfnsb.ferplus', '--out', str(tmp_path / 'cards')]
+    check = CliRunner().invoke(main, [*arguments, '--check'])
+    assert check.exit_code == 1 and 'write anew with timm-lfnsb card lfnsb.ferplus' in check.output
+    assert not (tmp_path / 'cards').exists()
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert [path.name for path in (tmp_path / 'cards').iterdir()] == ['lfnsb.ferplus.md']
+    assert CliRunner().invoke(main, [*arguments, '--check']).exit_code == 0
+    changed = copy.deepcopy(info)
+    changed['metrics']['test']['per_class']['fear']['recall'] += 0.001
+    monkeypatch.setattr(card, 'weights_info', lambda _: changed)
+    assert CliRunner().invoke(main, [*arguments, '--check']).exit_code == 1
+
+
+def test_what_was_not_measured_is_not_there(info):
+    unmeasured = ('robustness', 'temperature', 'calibration', 'notes')
+    bare = {key: value for key, value in info.items() if key not in unmeasured}
+    text = card.render_card(bare)
+    assert '## Robustness\n\nNot measured.' in text and 'temperature' not in text and '- **Known.**' not in text
+    with pytest.raises(card.CardError, match="has no 'metrics'"):
+        card.render_card({key: value for key, value in info.items() if key != 'metrics'})
+    noted = card.render_card({**bare, 'notes': ['It was trained on a Sunday.']})
+    assert '- **Known.** It was trained on a Sunday.' in noted
+    taught = copy.deepcopy(bare)
+    taught['runs'][0]['settings']['kd_model_name'] = 'resnet50'
+    assert 'No other images were used' in text
+    assert 'Other images may be behind the teacher `resnet50`' in card.render_card(taught)
+    for number, model, outside in ((0, 'lfnsb', True), (-1, 'lfnsb', False), (-1, 'resnet18', True)):
+        begun = copy.deepcopy(bare)
+        begun['runs'][number]['settings'].update(model=model, pretrained=True)
+        assert (f'Other images may be behind pretrained `{model}`' in card.render_card(begun)) == outside
+
+
+def test_speed_comes_from_benchmark_reports_alone(tmp_path):
+    assert card.speed_table('lfnsb.ferplus', tmp_path) is None
+
+    def row(**changes):
+        return {'task': 'predict', 'runtime': 'eager', 'batch': 1, 'model': 'lfnsb', 'form': 'reparameterised',
+                'ms_per_image': {'median': 27.25}, 'ratio': {'median': 1.251}, **changes}
+
+    (tmp_path / 'bench-two-cores.json').write_text(json.dumps({
+        'format': 1, 'machine': {'cpu': 'Abacus 2', 'vectors': 'ROWS', 'threads': 2, 'gpu': None},
+        'settings': {'peer': 'resnet18@112'},
+        'results': [
+            row(), row(ms_per_image={'median': 20.04}, ratio={'median': 0.9}), row(model='mfn'), row(task='train'),
+            row(form='convolutions', ms_per_image={'median': 1.}),  # another function
+            {'task': 'predict', 'runtime': 'openvino', 'batch': 1, 'model': 'lfnsb', 'form': 'plain',
+             'error': 'broken'},
+            row(runtime='onnxruntime', batch=8, ratio=None),
+        ]}))
+    table = card.speed_table('lfnsb.ferplus', tmp_path)
+    rows = rows_of(table, 'machine')
+    assert [(r['runtime'], r['batch'], r['milliseconds a face'], r['time relative to']) for r in rows] == [
+        ('PyTorch', '1', '20', '0.90 x resnet18@112'), ('ONNX Runtime', '8', '27.2', '-')]
+    assert rows[0]['machine'] == 'Abacus 2 (ROWS), 2 threads'
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r'```python\n(.*?)```', text, re.S)
+
+
+def test_the_snippets_for_timm_and_photographs_run(info, tmp_path, monkeypatch, capsys):
+    from skimage.data import astronaut
+    monkeypatch.chdir(tmp_path)
+    photo = astronaut()
+    Image.fromarray(photo).save('photo.jpg')
+    Image.fromarray(photo[70:190, 165:285]).save('face.jpg')
+    first, second, _ = snippets(card.render_card(info))
+    exec(first, {})
+    label, score = capsys.readouterr().out.split()
+    assert label in info['label_names'] and 0 < float(score) <= 1
+    exec(second, {})
+    printed = capsys.readouterr().out
+    assert any(label in printed for label in info['label_names'])
+
+
+def test_the_snippet_for_transformers_runs(info, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('transformers', reason='pip install transformers')
+    model = timm.create_model('lfnsb.ferplus', pretrained=True)
+    save_for_hf(model, str(tmp_path / 'FOLDER'), model_config={'label_names': info['label_names']},
+                safe_serialization=True)
+    config = json.loads((tmp_path / 'FOLDER' / 'config.json').read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # as push does, see there
+    (tmp_path / 'FOLDER' / 'config.json').write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((48, 48, 3), 90, np.uint8)).save('face.jpg')
+    exec(snippets(card.render_card(info))[2], {})
+    printed = capsys.readouterr().out
+    assert 'score' in printed and any(label in printed for label in info['label_names'])
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """What `pack` leaves of a run on someone's own data."""
+    def make(arch='resnet18', labels=('cat', 'dog', 'horse')):
+        model = timm.create_model(arch, num_classes=len(labels))
+        model.pretrained_cfg.update(label_names=tuple(labels), num_classes=len(labels))
+        model.pretrained_cfg.pop('license', None)
+        folder = tmp_path / 'mine'
+        save_for_hf(model, str(folder), model_config={'label_names': list(labels)}, safe_serialization=True,
+                    model_args={'num_classes': len(labels)})
+        return folder, sum(p.numel() for p in model.parameters())
+    return make
+
+
+def test_a_folders_card_invents_nothing(own_folder):
+    folder, params = own_folder()
+    text = card.render_card_for_folder(folder)
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    assert data.license is None and data.eval_results is None and data.datasets is None
+    assert 'facial-expression-recognition' not in data.tags
+    assert f'{params / 1e6:.2f} million' in text and 'cat, dog, horse' in text and '3x224x224' in text
+    for absent in ('FER+', 'expression', 'Apache', '91.07', 'Robustness', '## Figures', '`lfnsb`', 'bibtex', '95 %'):
+        assert absent not in text, absent
+    assert 'how well it works is not known here' in ' '.join(text.split())
+    text = card.render_card_for_folder(folder, repo_id='me/pets', license='mit')
+    assert ModelCard(text).data.license == 'mit' and "'hf-hub:me/pets'" in text and '# pets' in text
+    assert 'FOLDER' not in text
+
+
+def test_a_folder_of_faces_and_its_own_metrics(own_folder, info):
+    folder, _ = own_folder('lfnsb', info['label_names'])
+    metrics = {**info['metrics']['validation'], 'split': 'holdout', 'model': 'local-dir:mine'}
+    text = card.render_card_for_folder(folder, metrics=metrics)
+    data = ModelCard(text).data
+    assert data.eval_results[0].metric_value == pytest.approx(metrics['accuracy'], abs=6e-5)
+    assert data.eval_results[0].dataset_split == 'holdout' and 'not known' not in text
+    assert 'holdout, 3,328 faces' in text and 'Article 5(1)(f)' in text and 'FER+' not in text and '91.07' not in text
+    assert 'bibtex' in text
+    with pytest.raises(card.CardError, match='other labels'):
+        card.render_card_for_folder(folder, metrics={**metrics, 'label_names': metrics['label_names'][::-1]})
+
+
+def test_a_folder_with_the_embedded_file_gets_its_card(own_folder, info):
+    from timm_lfnsb.weights.names import WEIGHTS_DIR
+    folder, _ = own_folder('lfnsb', info['label_names'])
+    (folder / 'model.safetensors').write_bytes((WEIGHTS_DIR / 'lfnsb.ferplus.safetensors').read_bytes())
+    assert card.render_card_for_folder(folder, 'org/x') == card.render_card(info, 'org/x')
+    assert 'hf-hub:org/x' in card.render_card(info, 'org/x')
+
+
+def test_folders_that_give_no_card(tmp_path, own_folder):
+    for content in (None, '{', '[]', '{"architecture": "resnet18"}'):
+        if content is not None:
+            (tmp_path / 'config.json').write_text(content)
+        with pytest.raises(card.CardError, match=r'has no config\.json of timm'):
+            card.render_card_for_folder(tmp_path)
+    folder, _ = own_folder()
+    config = json.loads((folder / 'config.json').read_text())
+    for changes, message in (({'architecture': 'no_such_net'}, 'cannot create the model no_such_net'),
+                             ({'label_names': []}, 'has no label_names')):
+        changed = {**config, **changes}
+        changed['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if k != 'label_names'}
+        (folder / 'config.json').write_text(json.dumps(changed))
+        with pytest.raises(card.CardError, match=message):
+            card.render_card_for_folder(folder)
+        result = CliRunner().invoke(main, ['card', '--folder', str(folder)])
+        assert result.exit_code == 1 and message in result.output
+
+
+def test_command_line_errors(tmp_path):
+    result = CliRunner().invoke(main, ['card', 'nonsense', '--out', str(tmp_path)])
+    assert result.exit_code == 1 and "no embedded weights 'nonsense'" in result.output
+    result = CliRunner().invoke(main, ['card', '--folder', str(tmp_path), '--check'])
+    assert result.exit_code == 2 and 'goes with neither' in result.output
+    file = tmp_path / 'file'
+    file.write_text('')
+    result = CliRunner().invoke(main, ['card', '--out', str(file / 'sub')])
+    assert result.exit_code == 1 and 'Traceback' not in result.output
+
+
+def test_cards_need_nothing_of_the_evaluation():
+    """`push` renders cards where scikit-learn and scipy are not installed."""
+    import subprocess
+    import sys
+    code = ("import sys\nfor name in ('sklearn', 'scipy', 'matplotlib'): sys.modules[name] = None\n"
+            "from timm_lfnsb.hub.card import render_card\nfrom timm_lfnsb.weights.embedded import weights_info\n"
+            "print(len(render_card(weights_info('lfnsb.ferplus'))))")
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and int(result.stdout) > 5000, result.stderr
+
+
+def test_meta_models_cost_no_memory():
+    assert card._params('lfnsb', 7, {}) == 2676147
+    assert torch.get_default_device() == torch.device('cpu')

@@ -1,0 +1,332 @@
+"""timm-lfnsb push: what is checked before anybody is asked, and publishing to a Hub on loopback."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+
+import numpy as np
+import pytest
+import skimage.data
+import timm
+import torch
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import TESTS
+from support.hub_server import OWNER, READER, Client, HubServer
+from timm.models import save_for_hf
+
+from timm_lfnsb.cli import main
+from timm_lfnsb.hub.push import PushError, push
+from timm_lfnsb.weights import names
+from timm_lfnsb.weights.names import weights_info
+
+NAME = 'lfnsb.ferplus'
+REPO = f'timm-lfnsb/{NAME}'
+CARD = '---\nlicense: mit\nlibrary_name: timm\n---\n\n# A model\n'
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    for name in ('connect', 'connect_ex', 'sendto'):
+        monkeypatch.setattr(socket.socket, name, lambda *_: pytest.fail('network used'))
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: pytest.fail('network used'))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of somebody's own, as timm writes it, with a card."""
+    torch.manual_seed(5)
+    model = timm.create_model('mobilefacenet.rafdb')
+    save_for_hf(model, tmp_path / 'own', safe_serialization=True)
+    (tmp_path / 'own' / 'README.md').write_text(CARD)
+    return tmp_path / 'own'
+
+
+def rewrite(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, **changes}))
+
+
+# Without a network
+
+
+def test_dry_run_shows_every_file_and_the_card(no_network):
+    result = CliRunner().invoke(main, ['push', NAME, '--dry-run'])
+    assert result.exit_code == 0, result.output
+    info = weights_info(NAME)
+    listing, _, card = result.output.partition('\n\n---\n')
+    assert listing.splitlines()[0] == f'would publish {REPO}'
+    names = {line.split()[0]: line for line in listing.splitlines()[1:]}
+    assert set(names) == {'README.md', 'config.json', 'model.safetensors'}
+    size = os.path.getsize(names.WEIGHTS_DIR / f'{NAME}.safetensors')
+    assert f'{size:,} bytes' in names['model.safetensors'] and info['sha256'] in names['model.safetensors']
+    readme = f'---\n{card}'.removesuffix('\n')
+    assert hashlib.sha256(readme.encode()).hexdigest() in names['README.md']
+    front = yaml.safe_load(card.partition('\n---\n')[0])
+    assert front['license'] == 'apache-2.0' and front['library_name'] == 'timm'
+    [entry] = front['model-index']
+    measured = {metric['type']: metric['value'] for metric in entry['results'][0]['metrics']}
+    assert measured['accuracy'] == pytest.approx(info['metrics']['test']['accuracy'], abs=5e-5)
+
+
+def test_dry_run_of_a_folder(no_network, folder):
+    (folder / '.cache').mkdir()
+    (folder / '.DS_Store').write_bytes(b'x')
+    (folder / 'LICENSE').write_text('MIT')
+    result = push(str(folder), 'me/own', dry_run=True)
+    assert [file.name for file in result.files] == ['LICENSE', 'README.md', 'config.json', 'model.safetensors']
+    for file in result.files:
+        if file.name != 'config.json':  # written anew, see test_number_of_classes_once
+            content = (folder / file.name).read_bytes()
+            assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert result.card == CARD and not result.has_metrics and result.commit is None
+    output = CliRunner().invoke(main, ['push', str(folder), '--repo-id', 'me/own', '--dry-run'])
+    assert output.exit_code == 0 and 'warning: the card has no model-index' in output.output
+
+
+def test_number_of_classes_once(no_network, folder):
+    """transformers passes num_classes itself; and the folder at hand stays as it is."""
+    before = (folder / 'config.json').read_bytes()
+    assert json.loads(before)['model_args']['num_classes'] == 7
+    [config] = [file for file in push(str(folder), 'me/own', dry_run=True).files if file.name == 'config.json']
+    assert (folder / 'config.json').read_bytes() == before
+    expected = json.loads(before)
+    del expected['model_args']['num_classes']
+    assert config.sha256 == hashlib.sha256(json.dumps(expected, indent=2).encode()).hexdigest()
+
+
+def test_card_of_a_folder_without_one(no_network, folder, tmp_path):
+    (folder / 'README.md').unlink()
+    with pytest.raises(PushError, match='--license'):
+        push(str(folder), 'me/own', dry_run=True)
+    card = push(str(folder), 'me/own', dry_run=True, license='mit').card
+    assert yaml.safe_load(card.split('---\n')[1])['license'] == 'mit' and 'me/own' in card
+    metrics = {**weights_info(NAME)['metrics']['test'], 'split': 'test'}
+    (tmp_path / 'metrics.json').write_text(json.dumps(metrics))
+    with pytest.raises(PushError, match='other labels'):  # eight classes, the model has seven
+        push(str(folder), 'me/own', dry_run=True, license='mit', metrics=tmp_path / 'metrics.json')
+    (tmp_path / 'metrics.json').write_text('[]')
+    with pytest.raises(PushError, match=r'is no metrics.json'):
+        push(str(folder), 'me/own', dry_run=True, license='mit', metrics=tmp_path / 'metrics.json')
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pth', 'optimizer.PT', 'x.pkl', 'last.pth.tar', 'a.npy'])
+def test_pickles_are_refused(no_network, folder, name):
+    (folder / name).write_bytes(b'x')
+    with pytest.raises(PushError, match=f'{name} can hold code'):
+        push(str(folder), 'me/own', dry_run=True)
+
+
+def test_other_files_are_refused(no_network, folder, tmp_path):
+    for name in ('modeling.py', 'face.png', 'data'):
+        path = folder / name
+        path.mkdir() if name == 'data' else path.write_bytes(b'x')
+        with pytest.raises(PushError, match=f'{name} is no file of a published model'):
+            push(str(folder), 'me/own', dry_run=True)
+        path.rmdir() if name == 'data' else path.unlink()
+    (tmp_path / 'secret.txt').write_text('secret')
+    (folder / 'notes.txt').symlink_to(tmp_path / 'secret.txt')
+    with pytest.raises(PushError, match=r'notes\.txt is no file'):
+        push(str(folder), 'me/own', dry_run=True)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(label_names=['a', 'b']), 'the model has 7 classes, but'),
+    (dict(label_names=['fear'] * 7), 'the model has 7 classes, but'),
+    (dict(architecture='resnet18'), 'timm cannot load the folder'),
+    (dict(architecture='nonsense'), 'Unknown model'),
+    (dict(num_classes=8), 'two numbers of classes'),
+    (dict(pretrained_cfg=None), 'timm cannot load the folder'),
+])
+def test_config_is_checked(no_network, folder, change, message):
+    rewrite(folder, **change)
+    with pytest.raises(PushError, match=message):
+        push(str(folder), 'me/own', dry_run=True)
+
+
+def test_no_label_names(no_network, folder):
+    config = json.loads((folder / 'config.json').read_text())
+    del config['pretrained_cfg']['label_names']
+    config.pop('label_names', None)
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(PushError, match='no label_names'):
+        push(str(folder), 'me/own', dry_run=True)
+
+
+@pytest.mark.parametrize('card, message', [
+    ('# no front matter\n', 'names no licence'),
+    ('---\nlicense: [unclosed\n---\n', 'no valid front matter'),
+    ('---\nlicense: mit\nmodel-index: nonsense\n---\n', 'no valid front matter'),
+])
+def test_card_is_checked(no_network, folder, card, message):
+    (folder / 'README.md').write_text(card)
+    with pytest.raises(PushError, match=message):
+        push(str(folder), 'me/own', dry_run=True)
+
+
+def test_weights_are_checked(no_network, folder):
+    state = load_file(folder / 'model.safetensors')
+    save_file({**state, 'fc.bias': torch.full((7,), float('nan'))}, folder / 'model.safetensors')
+    with pytest.raises(PushError, match=r'not finite, in fc\.bias'):
+        push(str(folder), 'me/own', dry_run=True)
+    (folder / 'model.safetensors').write_bytes(b'\x80\x04 a pickle')
+    with pytest.raises(PushError, match='timm cannot load the folder'):
+        push(str(folder), 'me/own', dry_run=True)
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(PushError, match=r'has no model\.safetensors'):
+        push(str(folder), 'me/own', dry_run=True)
+
+
+def test_altered_embedded_weights_are_not_published(no_network, monkeypatch, tmp_path):
+    (tmp_path / f'{NAME}.safetensors').write_bytes(b'other')
+    monkeypatch.setattr('timm_lfnsb.push.WEIGHTS_DIR', tmp_path)
+    with pytest.raises(PushError, match='install the package again'):
+        push(NAME, dry_run=True)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['nonsense', '--repo-id', 'a/b'], 'nonsense is neither a folder nor the name of embedded weights ('),
+    (['nonsense'], 'no folder nonsense, and the embedded weights are lfn_small.ferplus, lfnsb.ferplus'),
+    ([str(TESTS)], 'tests needs a repository to go to'),
+    ([NAME, '--repo-id', 'lfnsb'], "'lfnsb' is no name of a Hub repository"),
+    ([NAME, '--repo-id', 'a/b/c'], "'a/b/c' is no name of a Hub repository"),
+    ([NAME, '--license', 'mit'], 'leave out --metrics and --license'),
+])
+def test_errors_on_the_command_line(no_network, arguments, message):
+    result = CliRunner().invoke(main, ['push', *arguments])
+    assert result.exit_code == 1 and result.output.startswith('Error: ') and message in result.output
+    assert result.output.count('\n') == 1
+
+
+# With the Hub on loopback
+
+PUSH = """
+from click.testing import CliRunner
+from timm_lfnsb.cli import main
+outcome = CliRunner().invoke(main, ['push', *arguments])
+result = outcome.exit_code, outcome.output
+"""
+
+
+@pytest.fixture(scope='module')
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope='module')
+def client(server, tmp_path_factory):
+    with Client(server.url, tmp_path_factory.mktemp('publisher'), HF_TOKEN=OWNER) as client:
+        yield client
+
+
+@pytest.fixture
+def publish(server, client):
+    server.repos.clear()
+    server.lfs.clear()
+    server.log.clear()
+    return lambda *arguments, **env: client.run(PUSH, env=env, arguments=list(map(str, arguments)))
+
+
+def test_publish_then_pull_and_classify(server, publish, tmp_path):
+    """The round trip: a fresh process pulls with timm alone, and sees what the embedded weights see."""
+    status, output = publish(NAME)
+    assert status == 0, output
+    repo = server.repos[REPO]
+    assert not repo.private and len(repo.commits) == 2  # the Hub's own first one, and one of ours
+    commit = repo.refs['main']
+    assert f'{server.url}/{REPO}/commit/{commit}' in output
+    assert f"HUB_REVISIONS['{NAME}'] = '{commit}'" in output
+    files = repo.commits[commit]
+    assert set(files) == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
+    assert files['model.safetensors'] == (names.WEIGHTS_DIR / f'{NAME}.safetensors').read_bytes()
+    assert json.loads(files['config.json'])['label_names'] == weights_info(NAME)['label_names']
+    assert '/api/validate-yaml' in server.paths('POST')
+
+    face = skimage.data.astronaut()[67:160, 177:270]
+    Image.fromarray(face).save(tmp_path / 'face.png')
+    code = """
+import timm, timm_lfnsb, torch
+from PIL import Image
+model = timm.create_model('hf-hub:timm-lfnsb/lfnsb.ferplus', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.no_grad():
+    logits = model(transform(Image.open(face)).unsqueeze(0))[0]
+result = logits.tolist(), model.pretrained_cfg['label_names'][logits.argmax()], model.pretrained_cfg['source']
+"""
+    with Client(server.url, tmp_path / 'reader') as reader:
+        logits, label, source = reader.run(code, face=tmp_path / 'face.png')
+        assert (label, source) == ('happiness', 'hf-hub')
+        checked = "from timm_lfnsb.models.loading import load_model; load_model('hf-hub:timm-lfnsb/lfnsb.ferplus')"
+        reader.run(checked)
+    model = timm.create_model(NAME, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    with torch.no_grad():
+        expected = model(transform(Image.fromarray(face)).unsqueeze(0))[0].numpy()
+    np.testing.assert_array_equal(np.float32(logits), expected)
+
+
+def test_publish_a_folder_twice(server, publish, folder):
+    assert publish(folder, '--repo-id', 'me/own', '--private')[0] == 0
+    repo = server.repos['me/own']
+    assert repo.private
+    first = repo.refs['main']
+    assert publish(folder, '--repo-id', 'me/own')[0] == 0  # the same again: no new commit
+    assert repo.refs['main'] == first
+    (folder / 'README.md').write_text(CARD + 'More.\n')
+    assert publish(folder, '--repo-id', 'me/own', '--private')[0] == 0
+    assert repo.refs['main'] != first and repo.commits[repo.refs['main']]['README.md'].endswith(b'More.\n')
+
+
+def test_private_is_not_ignored(server, publish, folder):
+    assert publish(folder, '--repo-id', 'me/own')[0] == 0
+    state = dict(server.repos['me/own'].refs)
+    status, output = publish(folder, '--repo-id', 'me/own', '--private')
+    assert status == 1 and 'is there already and is public' in output and server.repos['me/own'].refs == state
+
+
+def test_pull_request(server, publish, folder):
+    """Into a repository of others, where committing is forbidden."""
+    server.add('elsewhere/model', folder)
+    main_before = server.repos['elsewhere/model'].refs['main']
+    (folder / 'README.md').write_text(CARD + 'Mended.\n')
+    status, output = publish(folder, '--repo-id', 'elsewhere/model')
+    assert status == 1 and 'you may not do this with elsewhere/model' in output
+    status, output = publish(folder, '--repo-id', 'elsewhere/model', '--create-pr')
+    assert status == 0 and f'{server.url}/elsewhere/model/discussions/1' in output
+    repo = server.repos['elsewhere/model']
+    assert repo.refs['main'] == main_before
+    assert repo.commits[repo.refs['refs/pr/1']]['README.md'].endswith(b'Mended.\n')
+
+
+def test_dry_run_contacts_nobody(server, publish, folder):
+    assert publish(folder, '--repo-id', 'me/own', '--dry-run')[0] == 0
+    assert server.log == [] and server.repos == {}
+
+
+@pytest.mark.parametrize('token, message', [
+    ('', 'Error: you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.\n'),
+    ('hf_wrong', 'does not know you: log in with `hf auth login`'),
+    (READER, 'you may not do this with me/own: your account or token lacks the permission'),
+])
+def test_not_allowed(server, publish, folder, token, message):
+    status, output = publish(folder, '--repo-id', 'me/own', HF_TOKEN=token)
+    assert status == 1 and message in output and output.count('\n') == 1
+    assert server.repos == {}
+
+
+def test_card_the_hub_does_not_take(server, publish, folder):
+    (folder / 'README.md').write_text('---\nlicense: [mit]\n---\n')
+    status, output = publish(folder, '--repo-id', 'me/own')
+    assert status == 1 and 'the Hub does not take the card' in output and '"license" must be a string' in output
+    assert 'model.safetensors' not in server.repos['me/own'].commits[server.repos['me/own'].refs['main']]
+
+
+def test_no_network_at_all(folder, tmp_path):
+    with Client('http://127.0.0.1:9', tmp_path / 'home', HF_TOKEN=OWNER) as unplugged:
+        status, output = unplugged.run(PUSH, arguments=[str(folder), '--repo-id', 'me/own'])
+    assert status == 1 and '127.0.0.1:9 cannot be reached' in output and output.count('\n') == 1

@@ -1,0 +1,203 @@
+"""The Cosine-Harmony loss against loops in plain NumPy and against the authors' numbers."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import GOLDEN
+
+from timm_lfnsb import CosineHarmonyLoss
+from timm_lfnsb.losses.cosine_harmony import VARIANTS
+
+
+def loop_loss(features, centers, prob, alpha, variant):
+    """Equations (3) to (6) of the paper, sample by sample, with NumPy's own correlation."""
+    features, centers, prob = (np.asarray(x, dtype=np.float64) for x in (features, centers, prob))
+    num, classes = prob.shape
+    intra = inter = 0.
+    for i in range(num):
+        for j in range(classes):
+            distance = 1 - np.corrcoef(features[i], centers[j])[0, 1]
+            intra += prob[i, j] * distance / num
+            inter += (1 - prob[i, j]) * distance / (num * (classes - 1))
+    var = sum(np.var(features[:, d], ddof=1 if variant == 'reference' else 0) for d in range(features.shape[1]))
+    if variant == 'reference':
+        return alpha * intra / var + (1 - alpha) * intra / (classes - 1)
+    if variant == 'paper':
+        return alpha * intra / var + (1 - alpha) * inter
+    return alpha * intra / var + (1 - alpha) * (2 - inter)
+
+
+def make(num=9, classes=5, dim=12, **kwargs):
+    loss = CosineHarmonyLoss(classes, dim, **kwargs)
+    return loss, torch.randn(num, dim), torch.randint(0, classes, (num,))
+
+
+@pytest.mark.parametrize('entry', json.loads((GOLDEN / 'losses.json').read_text()), ids=lambda e: f"n{e['batch']}")
+def test_golden_losses(entry):
+    classes, dim, num = entry['num_classes'], entry['feat_dim'], entry['batch']
+    rng = np.random.Generator(np.random.PCG64([classes * 1000 + num, 1]))
+    centers = rng.standard_normal((classes, dim)).astype(np.float32)
+    features = rng.standard_normal((num, dim, 7, 7)).astype(np.float32).mean(axis=(2, 3))
+    labels = rng.integers(0, classes, num)
+    assert labels.tolist() == entry['labels']
+    loss = CosineHarmonyLoss(classes, dim, alpha=entry['alpha'], variant='reference')
+    loss.centers.data = torch.from_numpy(centers)
+    value = loss(torch.from_numpy(features), torch.from_numpy(labels)).item()
+    assert value == pytest.approx(entry['loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('alpha', [0., 0.1, 0.7, 1.])
+@pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 1e-5)])
+def test_formula(variant, alpha, dtype, tol):
+    loss, features, target = make(alpha=alpha, variant=variant)
+    features = features.to(dtype)  # rounded once, here: the loss itself computes in float32
+    prob = np.eye(5)[target.numpy()]
+    expected = loop_loss(features.double(), loss.centers.detach(), prob, alpha, variant)
+    value = loss(features, target)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.item() == pytest.approx(expected, rel=tol)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_soft_targets(variant):
+    loss, features, _ = make(variant=variant)
+    prob = torch.rand(9, 5).softmax(dim=1)
+    expected = loop_loss(features, loss.centers.detach(), prob, 0.1, variant)
+    assert loss(features, prob).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_hot_soft_targets_equal_hard_ones():
+    loss, features, target = make()
+    one_hot = torch.nn.functional.one_hot(target, 5).float()
+    torch.testing.assert_close(loss(features, one_hot), loss(features, target))
+
+
+def test_scale_and_shift_of_the_features_change_only_the_variance():
+    loss, features, target = make(alpha=0.)
+    torch.testing.assert_close(loss(3 * features + 2, target), loss(features, target))
+
+
+def test_intended_variant_separates_and_paper_variant_does_not():
+    """Gradient descent on the features: distance to wrong centers grows with one, shrinks with the other."""
+    ends = {}
+    for variant in ('intended', 'paper'):
+        torch.manual_seed(1)
+        loss, features, target = make(variant=variant, learn_centers=False)
+        wrong = torch.nn.functional.one_hot(target, 5) == 0
+
+        def inter(features, centers=loss.centers, wrong=wrong):
+            return np.mean([
+                1 - np.corrcoef(features[i], centers[j])[0, 1]
+                for i in range(len(features)) for j in range(5) if wrong[i, j]])
+
+        start = inter(features)
+        features.requires_grad_()
+        optimizer = torch.optim.SGD([features], lr=1.)
+        for _ in range(100):
+            optimizer.zero_grad()
+            loss(features, target).backward()
+            optimizer.step()
+        ends[variant] = inter(features.detach()) - start
+    assert ends['intended'] > 0.05 and ends['paper'] < -0.05
+
+
+def test_where_each_variant_ends():
+    """Features free to move, with learned centers: only one variant leaves the classes apart."""
+    own, within, between = {}, {}, {}
+    target = torch.arange(5).repeat_interleave(8)
+    same = target[:, None] == target
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        loss = CosineHarmonyLoss(5, 64, variant=variant)
+        features = torch.randn(40, 64, requires_grad=True)
+        optimizer = torch.optim.Adam([features, *loss.parameters()], lr=0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss(features, target).backward()
+            optimizer.step()
+        correlations = np.corrcoef(features.detach().numpy(), loss.centers.detach().numpy())
+        own[variant] = correlations[range(40), 40 + target.numpy()].mean()
+        within[variant] = correlations[:40, :40][same.numpy()].mean()
+        between[variant] = correlations[:40, :40][~same.numpy()].mean()
+    assert within['reference'] > 0.99 and own['reference'] > 0.99 and between['reference'] < 0.1
+    assert between['intended'] > 0.99 and own['intended'] < -0.99  # one direction, opposite to all centers
+    assert between['paper'] > 0.99 and own['paper'] > 0.99  # one direction for all
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_gradients_by_finite_differences(variant):
+    loss, features, target = make(num=3, dim=4, variant=variant)
+    loss.double()
+    features = features.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f, c: torch.func.functional_call(loss, {'centers': c}, (f, target)),
+                                    (features, loss.centers.detach().double().requires_grad_()))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'case', ['batch of one', 'constant feature', 'zero feature', 'zero center', 'all alike', 'huge'])
+def test_ugly_cases_stay_finite(variant, case):
+    loss, features, target = make(variant=variant)
+    if case == 'batch of one':
+        features, target = features[:1], target[:1]
+    elif case == 'constant feature':
+        features[0] = 3.25
+    elif case == 'zero feature':
+        features[0] = 0
+    elif case == 'zero center':
+        loss.centers.data[0] = 0
+    elif case == 'all alike':
+        features[:] = features[0]
+    elif case == 'huge':
+        features *= 1e15
+    features.requires_grad_()
+    value = loss(features, target)
+    value.backward()
+    assert value.isfinite()
+    assert features.grad.isfinite().all() and loss.centers.grad.isfinite().all()
+
+
+def test_float32_under_autocast():
+    loss, features, target = make()
+    plain = loss(features, target)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cast = loss(features, target)
+    assert cast.dtype == torch.float32
+    assert torch.equal(plain, cast)
+
+
+def test_fixed_centers_are_no_parameter():
+    loss, features, target = make(learn_centers=False)
+    assert not list(loss.parameters()) and 'centers' in loss.state_dict()
+    assert loss(features, target).isfinite()
+
+
+@pytest.mark.parametrize('features, target, message', [
+    ((9, 12), torch.full((9,), 5), 'classes 0 to 4, got labels from 5 to 5'),
+    ((9, 12), torch.full((9,), -1), 'classes 0 to 4'),
+    ((9, 11), torch.zeros(9, dtype=torch.long), r'shape \(N, 12\), got \(9, 11\)'),
+    ((9, 12, 7, 7), torch.zeros(9, dtype=torch.long), r'shape \(N, 12\)'),
+    ((0, 12), torch.zeros(0, dtype=torch.long), r'shape \(N, 12\)'),
+    ((9, 12), torch.zeros(8, dtype=torch.long), '9 class indices'),
+    ((9, 12), torch.zeros(9, 4), r'soft targets of shape \(9, 5\)'),
+    ((9, 12), torch.zeros(9), r'soft targets of shape \(9, 5\)'),
+])
+def test_bad_input_is_a_clear_value_error(features, target, message):
+    loss = CosineHarmonyLoss(5, 12)
+    with pytest.raises(ValueError, match=message):
+        loss(torch.randn(features), target)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(num_classes=1, feat_dim=4), 'at least 2 classes'),
+    (dict(num_classes=3, feat_dim=1), 'at least 2 values'),
+    (dict(num_classes=3, feat_dim=4, alpha=1.5), r'alpha in \[0, 1\]'),
+    (dict(num_classes=3, feat_dim=4, variant='best'), "variant 'best'.*reference, intended, paper"),
+])
+def test_bad_settings_are_a_clear_value_error(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        CosineHarmonyLoss(**kwargs)

@@ -1,0 +1,103 @@
+"""Recipes: YAML files whose every key train.py knows, with class maps in canonical order, and the command for them."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from types import SimpleNamespace
+
+import pytest
+import timm
+import yaml
+from click.testing import CliRunner
+
+from timm_lfnsb.cli import main
+from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
+from timm_lfnsb.recipes import class_map_path, recipe_names, recipe_path, recipe_summary
+from timm_lfnsb.train.launch import extend_train_script
+
+LABELS = {'rafdb': EXPRESSIONS_7, 'affectnet7': EXPRESSIONS_7, 'affectnet8': EXPRESSIONS_8, 'ferplus': EXPRESSIONS_8}
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load(recipe_path(name).read_text(encoding='utf-8'))
+
+
+def test_class_maps_are_the_canonical_order():
+    maps = {path.name.split('.')[0] for path in recipe_path('rafdb').parent.glob('*.classes.txt')}
+    assert maps == set(LABELS)
+    for name, labels in LABELS.items():
+        assert tuple(class_map_path(name).read_text(encoding='utf-8').splitlines()) == labels
+    assert class_map_path('nonsense') is None
+
+
+def test_the_papers_data_sets_have_recipes():
+    assert set(LABELS) <= set(recipe_names())
+
+
+@pytest.mark.parametrize('name', recipe_names())
+def test_recipe_fits_its_model_and_class_map(name):
+    recipe = load(name)
+    assert timm.is_model(recipe['model'])
+    assert len(class_map_path(recipe['class_map']).read_text(encoding='utf-8').split()) == recipe['num_classes']
+    # A warm-up that steps once an epoch spends the first epoch at warmup_lr.
+    assert recipe['warmup_epochs'] == 0 or recipe['sched_on_updates']
+    assert recipe.get('val_split', 'validation') == ('test' if name == 'rafdb' else 'validation')
+    assert 1 < len(recipe_summary(name)) < 119 and not recipe_summary(name).startswith('#')
+
+
+@pytest.mark.parametrize('name', sorted(LABELS))
+def test_every_line_is_explained(name):
+    for line in recipe_path(name).read_text(encoding='utf-8').splitlines():
+        assert len(line) <= 120
+        assert not line.strip() or re.search(r'#\s+\S', line), line
+
+
+@pytest.mark.parametrize('name', recipe_names())
+def test_every_key_is_an_option_of_train_py(name, timm_scripts):
+    """Of the real parser with our options added, and every value passes its type and choices."""
+    spec = importlib.util.spec_from_file_location('timm_train_script', timm_scripts / 'train.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    extend_train_script(module)
+    actions = {action.dest: action for action in module.parser._actions}
+    recipe = load(name)
+    assert set(recipe) <= set(actions)
+    for key, value in recipe.items():
+        action = actions[key]
+        if isinstance(action.const, bool):  # a flag
+            assert isinstance(value, bool), key
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            assert action.type is None or action.type(item) == item, key
+            assert action.choices is None or item in action.choices, key
+        assert isinstance(value, list) == (action.nargs in ('+', '*')), key
+
+
+def test_our_options_are_in_the_parser_of_any_script():
+    module = SimpleNamespace(parser=argparse.ArgumentParser())
+    extend_train_script(module)
+    defaults = vars(module.parser.parse_args([]))
+    for name in recipe_names():
+        ours = {key for key in load(name) if key.startswith(('cosine_harmony', 'balance'))}
+        assert 'cosine_harmony' in ours and ours <= set(defaults)
+
+
+def invoke(*args: str):
+    return CliRunner().invoke(main, ['recipe', *args])
+
+
+def test_recipe_commands():
+    result = invoke('list')
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.output.splitlines()] == recipe_names()
+    assert 'RAF-DB as in the paper' in result.output
+    assert invoke('path', 'rafdb').output.strip() == str(recipe_path('rafdb'))
+    assert invoke('show', 'affectnet8').output == recipe_path('affectnet8').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('command', ['show', 'path'])
+def test_unknown_recipe(command):
+    result = invoke(command, 'imagenet')
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit)
+    assert len(result.output.splitlines()) == 1 and 'imagenet' in result.output and 'ferplus-cpu' in result.output

@@ -1,0 +1,78 @@
+"""Temperature of a classifier: one number that makes its probabilities as sure as it is right."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+from .predictions import EvaluationError, Predictions, compute_metrics
+
+TEMPERATURES = (0.05, 100.)
+"""Range a temperature is looked for in."""
+
+
+def scale(predictions: Predictions, temperature: float) -> Predictions:
+    """Predictions as they would be with the logits divided by a temperature; the labels stay the same.
+
+    The softmax of log p / T is that of logits / T, for they differ by a constant.
+    """
+    return Predictions(
+        predictions.files, predictions.labels, np.exp(_log_probabilities(predictions, temperature)),
+        predictions.label_names)
+
+
+def negative_log_likelihood(predictions: Predictions, temperature: float = 1.) -> float:
+    """Mean of -log p of the true class, in nats, with the logits divided by a temperature."""
+    chosen = _log_probabilities(predictions, temperature)[np.arange(len(predictions.labels)), predictions.labels]
+    return float(-chosen.mean())
+
+
+def fit_temperature(predictions: Predictions) -> float:
+    """The temperature with the least negative log-likelihood (Guo et al., arXiv 1706.04599, section 4.2).
+
+    Fit it on data that is not the test split's.
+
+    Raises:
+        EvaluationError: When there is none between 0.05 and 100: the model is right about all of them, or as
+            good as guessing.
+    """
+    # In 1 / T the likelihood has one minimum only.
+    result = minimize_scalar(
+        lambda inverse: negative_log_likelihood(predictions, 1 / inverse),
+        bounds=(1 / TEMPERATURES[1], 1 / TEMPERATURES[0]), method='bounded', options={'xatol': 1e-5})
+    temperature = 1 / float(result.x)
+    low, high = TEMPERATURES
+    if predictions.correct.all() or not low * 1.01 < temperature < high / 1.01:
+        raise EvaluationError(
+            f'no temperature between {low:g} and {high:g} fits these {len(predictions.labels)} predictions: take more '
+            'data, or look whether the labels are right.')
+    return temperature
+
+
+def measure_calibration(validation: Predictions, test: Predictions) -> dict[str, Any]:
+    """Fit the temperature on one split and say what it does to another.
+
+    Returns:
+        A dict that JSON can hold: `temperature`, `fitted_on` and `measured_on` (the names of the splits), and of the
+        latter `ece`, `ece_scaled`, `nll`, `nll_scaled` (mean negative log-likelihood in nats).
+    """
+    temperature = fit_temperature(validation)
+    scaled = scale(test, temperature)
+    return {
+        'temperature': temperature,
+        'fitted_on': 'validation',
+        'measured_on': 'test',
+        'ece': compute_metrics(test)['ece'],
+        'ece_scaled': compute_metrics(scaled)['ece'],
+        'nll': negative_log_likelihood(test),
+        'nll_scaled': negative_log_likelihood(test, temperature),
+    }
+
+
+def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarray:
+    # float32 probabilities of very sure models reach 0.
+    smallest = np.finfo(np.float32).tiny
+    logits = np.log(np.maximum(predictions.probabilities.astype(np.float64), smallest)) / temperature
+    return logits - logsumexp(logits, axis=1, keepdims=True)

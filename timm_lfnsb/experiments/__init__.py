@@ -1,0 +1,1 @@
+"""The paper's tables as runs of timm's train script."""

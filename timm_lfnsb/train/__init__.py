@@ -1,0 +1,1 @@
+"""timm's train script with the losses of this zoo and more."""

@@ -1,0 +1,235 @@
+"""Runs of timm's train script: their settings, curves and recipes, and one table of them all."""
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..recipes import recipe_names, recipe_path
+
+# Settings that name places on the machine of the run, or say nothing about the weights.
+_LEFT_OUT = {
+    'data', 'data_dir', 'output', 'experiment', 'class_map', 'resume', 'initial_checkpoint', 'pretrained_path',
+    'local_rank', 'rank', 'world_size', 'distributed', 'device_modules', 'prefetcher',
+}
+# Settings of a recipe that another machine may need otherwise without its being another recipe.
+_OF_THE_MACHINE = {
+    'device', 'workers', 'log_interval', 'recovery_interval', 'checkpoint_hist', 'channels_last', 'torchcompile', 'amp',
+    'amp_dtype', 'pin_mem', 'validation_batch_size',
+}
+CURVE_POINTS = 6
+
+
+class RunError(ValueError):
+    """A folder that is not a run of train.py."""
+
+
+def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that say something about the weights: no paths, no machine, nothing that is off."""
+    kept = {
+        key: value for key, value in sorted(settings.items())
+        if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
+    teacher = str(kept.get('kd_model_name', ''))
+    if teacher.startswith('local-dir:'):
+        kept['kd_model_name'] = f'local-dir:{Path(teacher).name}'
+    return kept
+
+
+def read_curve(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's summary.csv, one an epoch; of an epoch that a resumed run did again, the later.
+
+    Raises:
+        RunError: When there is none, or it is not train.py's.
+    """
+    path = run / 'summary.csv'
+    if not path.is_file():
+        raise RunError(f'{run} has no summary.csv: give the folders of runs of train.py that have ended an epoch.')
+    epochs: dict[float, dict[str, float]] = {}
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            for row in csv.DictReader(file):
+                if row['epoch'] == 'epoch':  # a resumed run writes the header again
+                    continue
+                values = {key: round(float(value), 5) for key, value in row.items() if value}
+                epochs[values['epoch']] = values
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
+        raise RunError(f'{path} is not the summary of a run of train.py: give another folder.') from None
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Settings, recipe and curve of a run folder; the curve is empty before the end of the first epoch.
+
+    Raises:
+        RunError: When the folder has no args.yaml, or something else in its place.
+    """
+    path = run / 'args.yaml'
+    if not path.is_file():
+        raise RunError(f'{run} has no args.yaml: give the folder of a run of train.py, or one that holds such folders.')
+    try:
+        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict) or 'model' not in settings:
+        raise RunError(f'{path} does not hold the settings of a run of train.py: give another folder.')
+    settings = clean_settings(settings)
+    curve = read_curve(run) if (run / 'summary.csv').is_file() else []
+    return {'name': run.name, 'settings': settings, **find_recipe(settings), 'curve': curve}
+
+
+def embedded_runs(infos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that led to embedded weights, from their JSON, as `runs_table` takes them; shared ones only once."""
+    runs: list[dict[str, Any]] = []
+    for info in infos:
+        for i, run in enumerate(info['runs'], 1):
+            name = f"{info['model']}, {i} of {len(info['runs'])}"
+            for other in runs:
+                if other['settings'] == run['settings'] and other['curve'] == run['curve']:
+                    other['name'] += f'; {name}'
+                    break
+            else:
+                runs.append({**find_recipe(run['settings']), **run, 'name': name})
+    return runs
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders in a folder, itself included, sorted by path.
+
+    Raises:
+        RunError: When there is none.
+    """
+    runs = sorted(path.parent for path in folder.rglob('args.yaml'))
+    if not runs:
+        raise RunError(f'{folder} has no run of train.py (a folder with args.yaml).')
+    return runs
+
+
+def find_recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of this package that a run followed, told by its settings alone.
+
+    Args:
+        settings: What `clean_settings` leaves.
+
+    Returns:
+        `recipe`, the name of the recipe with the fewest settings that differ, and `overrides`, the run's values of
+        those; None and an empty dict where more than a third of every recipe's settings differ.
+    """
+    best: tuple[float, str, dict[str, Any]] = (math.inf, '', {})
+    for name in recipe_names():
+        wanted = {
+            key: value for key, value in yaml.safe_load(recipe_path(name).read_text(encoding='utf-8')).items()
+            if key not in _LEFT_OUT | _OF_THE_MACHINE}
+        # Off is 0, false, empty or not there.
+        differ = {
+            key: settings.get(key) for key, value in wanted.items() if (settings.get(key) or None) != (value or None)}
+        if 3 * len(differ) <= len(wanted):
+            best = min(best, (len(differ), name, differ), key=lambda candidate: candidate[:2])
+    return {'recipe': best[1] or None, 'overrides': best[2]}
+
+
+def best_epoch(curve: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """The row of the highest validation accuracy, the first of equal ones; None without validation."""
+    validated = [row for row in curve if 'eval_top1' in row]
+    return max(validated, key=lambda row: row['eval_top1']) if validated else None
+
+
+def runs_table(runs: Iterable[dict[str, Any]]) -> str:
+    """Runs (as `read_run` gives them) as a Markdown table; accuracies in percent, epochs counted from 0 as in timm."""
+    rows = [run_cells(run) for run in runs]
+    if not rows:
+        return 'no runs'
+    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|' + '---|' * len(rows[0])]
+    lines += ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in row.values()) + ' |' for row in rows]
+    return '\n'.join(lines)
+
+
+def run_cells(run: dict[str, Any]) -> dict[str, str]:
+    """One run's cells of `runs_table`, by the header of their column."""
+    settings, curve = run['settings'], run['curve']
+    best = best_epoch(curve)
+    cells = {
+        'run': run.get('name', '-'), 'model': settings['model'], 'recipe': _recipe(run),
+        'epochs': _epochs(settings, curve), 'size': _size(settings), 'batch': _batch(settings),
+        'optimiser': _optimiser(settings), 'augmentation': _augmentation(settings), 'loss': _loss(settings),
+        'seed': settings.get('seed', 0),
+        'best validation': f"{best['eval_top1']:.1f} (epoch {best['epoch']:.0f})" if best else '-',
+        'validation curve': _short_curve(curve),
+        'last train loss': f"{curve[-1]['train_loss']:.3f}" if curve and 'train_loss' in curve[-1] else '-',
+    }
+    return {key: str(cell) for key, cell in cells.items()}
+
+
+def _recipe(run: dict[str, Any]) -> str:
+    overrides = ', '.join(f'{key} {value}' for key, value in run.get('overrides', {}).items())
+    return (run.get('recipe') or '-') + (f' but {overrides}' if overrides else '')
+
+
+def _epochs(settings: dict[str, Any], curve: Sequence[dict[str, float]]) -> str:
+    done = int(curve[-1]['epoch']) + 1 if curve else 0
+    planned = settings.get('epochs', 0)
+    return str(planned) if done >= planned else f'{done} of {planned}'
+
+
+def _size(settings: dict[str, Any]) -> str:
+    if settings.get('train_img_sizes'):
+        return '/'.join(map(str, settings['train_img_sizes']))
+    size = settings.get('img_size') or (settings.get('input_size') or [0, 0])[-1]
+    return str(size or "model's")
+
+
+def _batch(settings: dict[str, Any]) -> str:
+    steps = settings.get('grad_accum_steps', 1)
+    return f"{settings.get('batch_size', '-')}" + (f' x {steps}' if steps > 1 else '')
+
+
+def _optimiser(settings: dict[str, Any]) -> str:
+    parts = [settings.get('opt', '-')]
+    if 'lr' in settings:
+        parts.append(f"lr {settings['lr']:g}")
+    else:
+        parts.append(f"lr {settings.get('lr_base', 0):g} a batch of {settings.get('lr_base_size', 0)}")
+    parts.append(f"wd {settings.get('weight_decay', 0):g}")
+    parts.append(settings.get('sched', '-'))
+    if settings.get('model_ema'):
+        parts.append(f"EMA {settings.get('model_ema_decay', 0):g}")
+    return ', '.join(map(str, parts))
+
+
+def _augmentation(settings: dict[str, Any]) -> str:
+    if settings.get('no_aug'):
+        return 'none'
+    parts = []
+    if settings.get('scale'):
+        parts.append('scale ' + '-'.join(f'{value:g}' for value in settings['scale']))
+    for key, name in (
+            ('hflip', 'flip'), ('aa', 'auto'), ('color_jitter', 'jitter'), ('grayscale_prob', 'grey'),
+            ('gaussian_blur_prob', 'blur'), ('reprob', 'erase'), ('mixup', 'mixup'), ('cutmix', 'cutmix'),
+            ('drop', 'drop'), ('drop_path', 'drop path'), ('balance_power', 'balance')):
+        if settings.get(key):
+            parts.append(f'{name} {settings[key]}')
+    return ', '.join(parts) or '-'
+
+
+def _loss(settings: dict[str, Any]) -> str:
+    parts = ['BCE' if settings.get('bce_loss') else 'CE']
+    if settings.get('smoothing'):
+        parts[0] += f" smoothed {settings['smoothing']:g}"
+    if settings.get('cosine_harmony'):
+        fixed = ', fixed centers' if settings.get('cosine_harmony_fixed_centers') else ''
+        parts.append(f"{settings['cosine_harmony']:g} CH ({settings.get('cosine_harmony_variant')}, alpha "
+                     f"{settings.get('cosine_harmony_alpha', 0):g}{fixed})")
+    if settings.get('kd_model_name'):
+        parts.append(f"distilled from {settings['kd_model_name']}")
+    return ' + '.join(parts)
+
+
+def _short_curve(curve: Sequence[dict[str, float]]) -> str:
+    """First, last and evenly spaced validation accuracies between them."""
+    values = [row['eval_top1'] for row in curve if 'eval_top1' in row]
+    count = min(CURVE_POINTS, len(values))
+    chosen = [values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count)]
+    return ' '.join(f'{value:.1f}' for value in chosen) or '-'

@@ -1,0 +1,1 @@
+"""The weights inside the package, and where they come from."""

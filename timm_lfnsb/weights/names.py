@@ -1,0 +1,44 @@
+"""The weights inside the package: their names, their repositories on the Hugging Face Hub, what their JSON says."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+WEIGHTS_DIR = Path(__file__).parent
+
+DEFAULT_ORG = 'timm-lfnsb'
+HUB_ORG = os.environ.get('TIMM_LFNSB_HUB_ORG') or DEFAULT_ORG
+"""Organisation of the weights' repositories, one for each, named as the weights; read at import."""
+
+HUB_REVISIONS: dict[str, str | None] = {'lfnsb.ferplus': None, 'lfn_small.ferplus': None}
+"""The embedded weights, each with the commit its repository is pinned to: None until it is published there.
+
+A pin holds for `DEFAULT_ORG` alone."""
+
+
+def hub_id(name: str) -> str:
+    """Hub repository of own weights, for instance 'timm-lfnsb/lfnsb.ferplus'."""
+    return f'{HUB_ORG}/{name}'
+
+
+class ReleaseError(RuntimeError):
+    """Weights that are not there, cannot be stored, or do not hold what their JSON says."""
+
+
+def embedded_weights() -> list[str]:
+    """Names of the weights inside the package, as `timm.create_model` takes them."""
+    return sorted(path.stem for path in WEIGHTS_DIR.glob('[!.]*.json'))
+
+
+def weights_info(name: str) -> dict[str, Any]:
+    """What is known of embedded weights: data, training, metrics, SHA-256 of the file.
+
+    Raises:
+        ReleaseError: When there are none of this name.
+    """
+    if name not in embedded_weights():
+        there_are = ', '.join(embedded_weights()) or 'none'
+        raise ReleaseError(f'there are no embedded weights {name!r}; there are {there_are}.')
+    return json.loads((WEIGHTS_DIR / f'{name}.json').read_text(encoding='utf-8'))
