@@ -52,7 +52,7 @@ from torch import nn
 from ..models.memory import keep_freed_memory
 from ..models.networks import MixedFeatureNet
 from ..predict.exported import ExportedModel, RuntimeFileError
-from ..util.machine import available_cores, cpu_name, source_commit
+from ..util.machine import available_cores, cpu_name, git_commit
 from ..version import __version__
 from ..weights.names import embedded_weights, weights_info
 from . import profile as bench_profile
@@ -914,7 +914,7 @@ def describe_run(settings: Settings, runtimes: Sequence[str], threads: int, peer
         'format': 1,
         'complete': False,
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        'commit': source_commit(),
+        'commit': git_commit(),
         'machine': {
             'cpu': cpu_name(), 'cores': available_cores(), 'threads': threads, 'system': platform.system(),
             'architecture': platform.machine(),
