@@ -29,6 +29,7 @@ from PIL import Image
 from timm.data import is_img_extension
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8, canonical_name, match_labels
 
 SPLITS = ('train', 'validation', 'test')
@@ -510,6 +511,27 @@ def _check_image(content: bytes, sample: Sample) -> None:
     except Exception as error:  # decoders raise whatever they please
         name = sample.source if isinstance(sample.source, Path) else sample.path
         raise PrepareError(f'{name} is not a readable image ({type(error).__name__}).') from None
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """Read the dataset.json that `prepare` wrote into a data folder.
+
+    Returns:
+        Its content; `sha256` is there, `name`, `note`, `label_names` and `splits` are where `prepare` wrote it.
+
+    Raises:
+        UserError: When there is none, or it is damaged.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise UserError(f'{folder} has no {DESCRIPTION}: make the folder with timm-lfnsb prepare.')
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(content['sha256'], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{path} is damaged: make the folder again with timm-lfnsb prepare.') from None
+    return content
 
 
 def _describe(faces: Faces, digests: Mapping[str, str]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Needs the packages of the extra `eval`. The folder names of the data meet the mo
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,10 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.prepare import DESCRIPTION, read_description
 from ..labels import match_labels, model_label_names
+from ..models import loading
 from ..util.files import replacing, write_json
 from ..version import __version__
-from ..weights import fetch as hub
 from .figures import confusion_figure, reliability_figure
 
 CALIBRATION_BINS = 15
@@ -68,13 +68,13 @@ def load_model(name: str, inference: bool = False) -> nn.Module:
 
     Args:
         name: A registered name with weights, 'local-dir:PATH' or 'hf-hub:ID'.
-        inference: In eval mode and, if of this zoo, reparameterised: see `timm_lfnsb.hub.load_for_inference`.
+        inference: In eval mode and, if of this zoo, reparameterised: see `timm_lfnsb.loading.load_for_inference`.
 
     Raises:
         EvaluationError: When there is no such model, or no weights for it.
     """
     try:
-        return hub.load_for_inference(name) if inference else hub.load_model(name)
+        return loading.load_for_inference(name) if inference else loading.load_model(name)
     except Exception as error:  # registry, Hub and file formats each raise types of their own
         if 'No pretrained weights exist' in str(error):
             raise EvaluationError(
@@ -391,7 +391,7 @@ def evaluate_folder(
     data_config = resolve_model_data_config(model)
     setting = {
         'split': split,
-        'data_checksum': _data_checksum(data_dir),
+        'data_checksum': read_description(data_dir)['sha256'] if (Path(data_dir) / DESCRIPTION).is_file() else None,
         'tta': tta,
         'versions': {
             'timm_lfnsb': __version__, 'torch': str(torch.__version__),
@@ -462,16 +462,6 @@ def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = 
             f"{comparison['only_second_right']}, McNemar's exact test p = {comparison['p_value']:.3g}",
         ]
     return '\n'.join(lines)
-
-
-def _data_checksum(data_dir: str | Path) -> str | None:
-    path = Path(data_dir) / 'dataset.json'
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding='utf-8')).get('sha256')
-    except (ValueError, AttributeError) as error:
-        raise EvaluationError(f'{path} is not the JSON object it should be: make the data folder anew.') from error
 
 
 def _write_predictions(path: Path, predictions: Predictions) -> None:

@@ -41,7 +41,7 @@ import torch
 import yaml
 
 from ..checkpoints.pack import pack
-from ..data.prepare import checksum
+from ..data.prepare import DESCRIPTION, checksum, read_description
 from ..data.subsets import FOLD_METHOD, LabelledFile, choose_subset, list_images, write_folds, write_subset
 from ..evaluate.figures import confusion_figure, loss_curves_figure
 from ..evaluate.predictions import evaluate_folder
@@ -207,13 +207,9 @@ class Plan:
     @cached_property
     def dataset(self) -> dict[str, Any]:
         """Name and checksum of the data: dataset.json's, or computed where there is none."""
-        path = self.data_dir / 'dataset.json'
-        if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding='utf-8'))
-                return {'name': str(content['name']), 'sha256': str(content['sha256'])}
-            except (ValueError, KeyError, TypeError):
-                raise ReproduceError(f'{path} is damaged: make the data folder anew with timm-lfnsb prepare.') from None
+        if (self.data_dir / DESCRIPTION).is_file():
+            content = read_description(self.data_dir)
+            return {'name': content.get('name', self.data_dir.name), 'sha256': content['sha256']}
         digests = {
             image.path: hashlib.sha256((self.data_dir / image.path).read_bytes()).hexdigest()
             for image in list_images(self.data_dir)}

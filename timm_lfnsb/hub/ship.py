@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.pack import pack
+from ..data.prepare import read_description
 from ..evaluate.calibration import measure_calibration
 from ..evaluate.predictions import compute_metrics, load_model, predict_folder
 from ..evaluate.robustness import PERTURBATIONS, measure_robustness
@@ -146,7 +147,7 @@ def remeasure(name: str, data_dir: Path, replace: bool = False) -> dict[str, Any
             the one the JSON describes, or its metrics differ by over 0.2 points from what is measured.
     """
     info = weights_info(name) if replace else _checked_info(name)
-    if dataset_info(data_dir).get('sha256') != info['data']['sha256']:
+    if read_description(data_dir)['sha256'] != info['data']['sha256']:
         raise ReleaseError(f'{data_dir} is not the data of {name}: its dataset.json has another checksum.')
     before = sha256(WEIGHTS_DIR / f'{name}.safetensors')
     measured = measure(name, data_dir)
@@ -163,21 +164,6 @@ def remeasure(name: str, data_dir: Path, replace: bool = False) -> dict[str, Any
     info.update(measured)
     write_json(WEIGHTS_DIR / f'{name}.json', info)
     return info
-
-
-def dataset_info(data_dir: Path) -> dict[str, Any]:
-    """What `prepare` wrote of a data folder.
-
-    Raises:
-        ReleaseError: When there is no dataset.json, or it is damaged.
-    """
-    path = data_dir / 'dataset.json'
-    if not path.is_file():
-        raise ReleaseError(f'{data_dir} has no dataset.json: make the folder with timm-lfnsb prepare.')
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
-        raise ReleaseError(f'{path} is damaged: make the folder again with timm-lfnsb prepare.') from None
 
 
 def _checked_info(name: str) -> dict[str, Any]:
@@ -218,7 +204,7 @@ def ship(
     Raises:
         ReleaseError: When the run is of another model, or the data folder was not made by `prepare`.
     """
-    data = dataset_info(data_dir)
+    data = read_description(data_dir)
     described = [*(_checked_info(after)['runs'] if after else []), *(describe_run(run) for run in runs)]
     WEIGHTS_DIR.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WEIGHTS_DIR) as temporary:
