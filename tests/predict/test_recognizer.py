@@ -213,7 +213,7 @@ def test_models_without_usable_labels():
 
 
 def test_model_without_weights():
-    with pytest.raises(RuntimeError, match='No pretrained weights'):
+    with pytest.raises(RuntimeError, match='no trained weights'):
         ExpressionRecognizer('lfnsb.affectnet8')
 
 

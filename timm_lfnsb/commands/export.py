@@ -31,14 +31,7 @@ def export(
         raise click.UsageError(f"--batch is a number from 1 on, or 'dynamic', not {batch!r}.")
     from ..export.export import ExportError, export_model
     from ..models.loading import load_model
-    try:
-        network = load_model(model)
-    except Exception as error:  # timm, the Hub and the file formats each raise types of their own
-        if 'No pretrained weights exist' in str(error):
-            message = f'{model} has no trained weights: give a model that has some, local-dir:PATH or hf-hub:ID.'
-        else:
-            message = f"cannot load the model {model}: {' '.join(str(error).split())}"
-        raise click.ClickException(message) from None
+    network = load_model(model)
     try:
         report = export_model(
             network, out, format_, None if batch == 'dynamic' else int(batch), precision, with_preprocess, calibrate)

@@ -33,7 +33,7 @@ def predict(
 
     from tqdm import tqdm
 
-    from ..models.loading import load_for_inference
+    from ..models.loading import load_model
     from ..predict.annotate import annotation_paths, draw_faces, save_picture
     from ..predict.exported import is_exported
     from ..predict.faces import ImageError, find_images
@@ -55,14 +55,7 @@ def predict(
             problems.append(str(error))
     if not found:
         raise click.ClickException(' '.join(problems))
-    try:
-        network = model if is_exported(model) else load_for_inference(model)
-    except Exception as error:  # timm, the Hub and the file formats each raise types of their own
-        if 'No pretrained weights exist' in str(error):
-            message = f'{model} has no trained weights: give a model that has some, local-dir:PATH or hf-hub:ID.'
-        else:
-            message = f"cannot load the model {model}: {' '.join(str(error).split())}"
-        raise click.ClickException(message) from None
+    network = model if is_exported(model) else load_model(model, inference=True)
     try:
         recognizer = ExpressionRecognizer(
             network, None if detector == 'none' else detector, margin or 0., batch_size, device)

@@ -2,19 +2,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import timm
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..weights.fetch import HubError, fetch_model, fetch_weights, first_line
+from ..errors import UserError
+from ..weights.fetch import fetch_model, fetch_weights
 from ..weights.names import HUB_ORG, HUB_REVISIONS
 from .networks import MixedFeatureNet
 
-_PREFIXES = ('hf-hub', 'hf_hub')
 
-
-def load_model(name: str, cache_dir: str | Path | None = None) -> nn.Module:
+def load_model(name: str, inference: bool = False, cache_dir: str | Path | None = None) -> nn.Module:
     """Create a timm model with its weights, checked before they are loaded where they come from the Hub.
 
     'hf-hub:' names of own weights: their SHA-256 must be the one that comes with the package, and the config is the
@@ -23,14 +23,28 @@ def load_model(name: str, cache_dir: str | Path | None = None) -> nn.Module:
 
     Args:
         name: A registered name with weights, 'local-dir:PATH' or 'hf-hub:ORG/NAME[@REVISION]'.
+        inference: In eval mode and, if of this zoo, reparameterised: the same outputs, faster, other parameters.
         cache_dir: Cache folder instead of huggingface_hub's own.
 
     Raises:
-        HubError: When a Hub model cannot be had or must not be loaded.
-        RuntimeError: From timm, when there is no such model or no weights for it.
+        UserError: When there is no such model, it has no weights, or they cannot be had or must not be loaded.
     """
+    try:
+        model = _create_model(name, cache_dir)
+    except UserError:
+        raise
+    except Exception as error:  # registry, configs and file formats each raise types of their own
+        reason = shorten(str(error), 300, placeholder=' ...') or type(error).__name__
+        raise UserError(f"cannot load the model {name}: {reason.rstrip('.')}.") from error
+    if not inference:
+        return model
+    model.eval()
+    return reparameterize_model(model, inplace=True) if isinstance(model, MixedFeatureNet) else model
+
+
+def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
     prefix, _, model_id = name.partition(':')
-    if prefix.lower() not in _PREFIXES:
+    if prefix.lower() not in ('hf-hub', 'hf_hub'):
         return timm.create_model(name, pretrained=True, cache_dir=cache_dir)
     repo_id, _, revision = model_id.partition('@')
     org, _, weights = repo_id.partition('/')
@@ -38,22 +52,9 @@ def load_model(name: str, cache_dir: str | Path | None = None) -> nn.Module:
         path = fetch_weights(weights, revision or None, cache_dir)
         return timm.create_model(weights, pretrained=True, pretrained_cfg_overlay={'file': str(path)})
     commit = fetch_model(repo_id, revision or None, cache_dir)
-    try:
-        # The files of this commit are in the cache, so nothing is asked or fetched any more.
-        return timm.create_model(f'hf-hub:{repo_id}@{commit}', pretrained=True, cache_dir=cache_dir)
-    except Exception as error:  # other people's configs and files can raise nearly anything
-        raise HubError(f"{repo_id} on the Hub is no model that can be loaded ({first_line(error)}).") from error
+    # The files of this commit are in the cache, so nothing is asked or fetched any more.
+    return timm.create_model(f'hf-hub:{repo_id}@{commit}', pretrained=True, cache_dir=cache_dir)
 
 
 def load_for_inference(name: str) -> nn.Module:
-    """`load_model` in eval mode, a network of this zoo reparameterised: the same outputs, faster, other parameters.
-
-    Args:
-        name: See `load_model`.
-
-    Raises:
-        HubError: See `load_model`.
-        RuntimeError: See `load_model`.
-    """
-    model = load_model(name).eval()
-    return reparameterize_model(model, inplace=True) if isinstance(model, MixedFeatureNet) else model
+    return load_model(name, inference=True)

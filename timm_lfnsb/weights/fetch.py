@@ -16,16 +16,13 @@ from urllib.parse import urlsplit
 
 from timm.models import resolve_pretrained_cfg
 
+from ..errors import UserError
 from ..util.files import file_sha256
 from ..version import __version__
 from .names import DEFAULT_ORG, HUB_ORG, HUB_REVISIONS, WEIGHTS_DIR, hub_id
 
 _COMMIT = re.compile('[0-9a-f]{40}')
 _SHA256 = re.compile('[0-9a-f]{64}')
-
-
-class HubError(RuntimeError):
-    """Something that cannot be had from the Hub, or must not be loaded; one sentence that says what to do."""
 
 
 def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -38,25 +35,24 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: What `build_model_with_cfg` is to be called with, `pretrained_cfg` and so on among it.
 
     Raises:
-        HubError: See `fetch_weights`; there is no falling back to the embedded file. Also for another value.
-        RuntimeError: For a name without weights.
+        UserError: See `fetch_weights`; there is no falling back to the embedded file. Also for another value.
     """
     choice = os.environ.get('TIMM_LFNSB_WEIGHTS') or 'embedded'
     if choice not in ('embedded', 'hub'):
-        raise HubError(f"TIMM_LFNSB_WEIGHTS is {choice!r}: it must be 'embedded' (the default) or 'hub'.")
+        raise UserError(f"TIMM_LFNSB_WEIGHTS is {choice!r}: it must be 'embedded' (the default) or 'hub'.")
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     name = f'{variant}.{cfg.tag}'
     if not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"No pretrained weights exist for {name}, only for {', '.join(HUB_REVISIONS)}. Use pretrained=False to "
-            'start from random ones.')
+        raise UserError(
+            f"{name} has no trained weights: give a model that has some ({', '.join(HUB_REVISIONS)}, local-dir:PATH or "
+            'hf-hub:ID), or start from random ones with pretrained=False.')
     if choice == 'embedded' or cfg.state_dict or cfg.source or cfg.file != str(WEIGHTS_DIR / f'{name}.safetensors'):
         return kwargs
     try:
         path = fetch_weights(name, cache_dir=kwargs.get('cache_dir'))
-    except HubError as error:
-        raise HubError(
+    except UserError as error:
+        raise UserError(
             f'{error} TIMM_LFNSB_WEIGHTS=hub asks for the Hub; without it the embedded weights load.') from error
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path)}}
 
@@ -75,7 +71,7 @@ def fetch_weights(name: str, revision: str | None = None, cache_dir: str | Path 
         Path of the file in the cache; its SHA-256 is the one in the JSON that comes with the package.
 
     Raises:
-        HubError: When it cannot be had, or is another file.
+        UserError: When it cannot be had, or is another file.
     """
     repo_id = hub_id(name)
     pinned = HUB_REVISIONS.get(name) if HUB_ORG == DEFAULT_ORG and revision is None else None
@@ -84,12 +80,12 @@ def fetch_weights(name: str, revision: str | None = None, cache_dir: str | Path 
     if file_sha256(path) != expected:
         path = _download(repo_id, 'model.safetensors', revision or pinned, cache_dir, force=True)
         if file_sha256(path) != expected:
-            raise HubError(
+            raise UserError(
                 f'model.safetensors of {repo_id} is not the file this version of timm_lfnsb knows (SHA-256 '
                 f'{expected[:12]}...), and was not loaded: it was altered, or belongs to another version of the '
                 'package.')
     if pinned and _commit_of(path) != pinned:
-        raise HubError(f'{repo_id} was asked for the pinned commit {pinned} and gave another: it was not loaded.')
+        raise UserError(f'{repo_id} was asked for the pinned commit {pinned} and gave another: it was not loaded.')
     return path
 
 
@@ -105,7 +101,7 @@ def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path
         The commit both files are of.
 
     Raises:
-        HubError: When one of them cannot be had, is damaged, or the repository wants other files than safetensors.
+        UserError: When one of them cannot be had, is damaged, or the repository wants other files than safetensors.
     """
     config_path = _download(repo_id, 'config.json', revision, cache_dir)
     commit = _commit_of(config_path)
@@ -115,21 +111,21 @@ def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path
         filename = pretrained_cfg.get('hf_hub_filename') or 'model.safetensors'
         foreign = pretrained_cfg.get('custom_load')
     except (ValueError, AttributeError):
-        raise HubError(f'config.json of {repo_id} is not one of a timm model.') from None
+        raise UserError(f'config.json of {repo_id} is not one of a timm model.') from None
     try:
         if foreign or not str(filename).endswith('.safetensors'):
-            raise HubError
+            raise UserError
         path = _download(repo_id, filename, commit, cache_dir)
         etag = path.resolve().name  # the cache names a file after what the Hub calls it: for large files the SHA-256
         if _SHA256.fullmatch(etag) and file_sha256(path) != etag:
             path = _download(repo_id, filename, commit, cache_dir, force=True)
             if file_sha256(path) != etag:
-                raise HubError(f'{filename} of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and '
+                raise UserError(f'{filename} of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and '
                                'was not loaded: it was altered or damaged on the way.')
-    except HubError as error:
+    except UserError as error:
         if error.args and not _missing(error.__cause__):
             raise
-        raise HubError(
+        raise UserError(
             f'{repo_id} has no model.safetensors, and pickled weights from the Hub are not loaded, because they can '
             'hold code: ask its author for a safetensors file.') from None
     return commit
@@ -216,7 +212,7 @@ def _download(
     """The cached file, downloaded if need be.
 
     Raises:
-        HubError: With what huggingface_hub raised as its cause.
+        UserError: With what huggingface_hub raised as its cause.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     request: dict[str, Any] = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
@@ -238,4 +234,4 @@ def _download(
                 raise
         return Path(hf_hub_download(**request, **library, force_download=force))
     except Exception as error:  # the client, its HTTP library and the file system each raise types of their own
-        raise HubError(describe_error(error, repo_id, filename, revision)) from error
+        raise UserError(describe_error(error, repo_id, filename, revision)) from error

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
+ReleaseError = UserError  # until its callers name UserError
+
 WEIGHTS_DIR = Path(__file__).parent
 
 DEFAULT_ORG = 'timm-lfnsb'
@@ -23,10 +27,6 @@ def hub_id(name: str) -> str:
     return f'{HUB_ORG}/{name}'
 
 
-class ReleaseError(RuntimeError):
-    """Weights that are not there, cannot be stored, or do not hold what their JSON says."""
-
-
 def embedded_weights() -> list[str]:
     """Names of the weights inside the package, as `timm.create_model` takes them."""
     return sorted(path.stem for path in WEIGHTS_DIR.glob('[!.]*.json'))
@@ -36,9 +36,9 @@ def weights_info(name: str) -> dict[str, Any]:
     """What is known of embedded weights: data, training, metrics, SHA-256 of the file.
 
     Raises:
-        ReleaseError: When there are none of this name.
+        UserError: When there are none of this name.
     """
     if name not in embedded_weights():
         there_are = ', '.join(embedded_weights()) or 'none'
-        raise ReleaseError(f'there are no embedded weights {name!r}; there are {there_are}.')
+        raise UserError(f'there are no embedded weights {name!r}; there are {there_are}.')
     return json.loads((WEIGHTS_DIR / f'{name}.json').read_text(encoding='utf-8'))
