@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .errors import UserError
+
 EXPRESSIONS_8: tuple[str, ...] = (
     'neutral', 'happiness', 'sadness', 'surprise', 'fear', 'disgust', 'anger', 'contempt',
 )
@@ -30,6 +32,10 @@ SYNONYMS: dict[str, str] = {
 """Names that folders and spreadsheets use for the same expressions."""
 
 
+class LabelError(UserError, ValueError):
+    """Label names that do not fit; a ValueError too, for callers in Python."""
+
+
 def canonical_name(name: str) -> str:
     """Return the canonical spelling of an expression name; an unknown name comes back stripped and lower-cased."""
     key = name.strip().lower()
@@ -47,18 +53,18 @@ def match_labels(names: Iterable[str], label_names: Sequence[str]) -> dict[str, 
         Class index for each of the given names.
 
     Raises:
-        ValueError: When a name is not among the model's labels, or when two names mean the same class.
+        LabelError: When a name is not among the model's labels, or when two names mean the same class.
     """
     index = {canonical_name(label): i for i, label in enumerate(label_names)}
     names = list(names)
     unknown = [name for name in names if canonical_name(name) not in index]
     if unknown:
-        raise ValueError(
+        raise LabelError(
             f"unknown class name(s) {', '.join(map(repr, unknown))}: the data has [{', '.join(names)}], "
             f"the model knows [{', '.join(label_names)}]; rename the folders or give the matching model.")
     matched = {name: index[canonical_name(name)] for name in names}
     if len(set(matched.values())) != len(matched):
-        raise ValueError(f"two of the class names [{', '.join(names)}] mean the same expression; merge their folders.")
+        raise LabelError(f"two of the class names [{', '.join(names)}] mean the same expression; merge their folders.")
     return matched
 
 
@@ -66,18 +72,18 @@ def model_label_names(model: Any) -> tuple[str, ...]:
     """Label names of a timm model in the order of its outputs.
 
     Raises:
-        ValueError: When its `pretrained_cfg` has none, another number of them than the model has classes, or two that
+        LabelError: When its `pretrained_cfg` has none, another number of them than the model has classes, or two that
             mean the same expression.
     """
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if not names:
-        raise ValueError(
+        raise LabelError(
             'the model has no label_names in its pretrained_cfg, so its outputs cannot be told apart: add them to its '
             'config.json, in the order of its outputs.')
     if isinstance(names, dict):  # timm also allows index -> name
         names = [names[index] for index in sorted(names, key=int)]
     if len(names) != model.num_classes or len({canonical_name(name) for name in names}) != len(names):
-        raise ValueError(
+        raise LabelError(
             f"the model has {model.num_classes} classes, but the label_names of its pretrained_cfg are "
             f"[{', '.join(names)}]: give one name for each output, in the order of its outputs.")
     return tuple(names)
