@@ -7,16 +7,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ..evaluate.predictions import load_model
+from ..errors import UserError
+from ..models.loading import load_model
 from ..util.files import replacing
 
 
 def graft(model: str, donor: str, out: Path, seed: int = 0) -> tuple[int, list[str]]:
-    """Write an initial checkpoint of `model` whose backbone has the weights of `donor`; its head stays random.
+    """Write an initial checkpoint of `model`, a timm name, whose backbone is `donor`'s and whose head is random.
 
     Args:
-        model: timm name of the network to start, for instance 'lfn_small'.
-        donor: What `timm.create_model` takes with weights, for instance 'lfnsb.ferplus'.
+        donor: A network with weights, see `load_model`.
         out: The .safetensors file to write, for train.py's --initial-checkpoint.
         seed: Seed of the parameters that are left random.
 
@@ -24,19 +24,19 @@ def graft(model: str, donor: str, out: Path, seed: int = 0) -> tuple[int, list[s
         The number of tensors taken over, and the keys of those that are not.
 
     Raises:
-        ValueError: When the donor has no weights, or the two share no backbone.
+        UserError: When the donor has no weights, or the two share no backbone.
     """
     source = load_model(donor)
     torch.manual_seed(seed)
     try:
         target = timm.create_model(model, num_classes=source.num_classes)
     except RuntimeError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     taken, state = source.state_dict(), target.state_dict()
     names = [key for key in state if not key.startswith(('head.', 'fc.'))]
     other = [key for key in names if key not in taken or taken[key].shape != state[key].shape]
     if other:
-        raise ValueError(
+        raise UserError(
             f"{model} and {donor} have different backbones ({len(other)} of {len(names)} tensors, {other[0]} the "
             'first): only networks with the same one can lend it, such as lfn_small and lfnsb.')
     state.update({key: taken[key] for key in names})

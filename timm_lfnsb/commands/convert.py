@@ -35,12 +35,9 @@ def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: t
 
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
     """
-    from ..checkpoints.convert import ConvertError, listing
     from ..checkpoints.convert import convert as convert_file
-    try:
-        converted = convert_file(source, model, out_dir, labels, drop)
-    except (ConvertError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    from ..checkpoints.convert import listing
+    converted = convert_file(source, model, out_dir, labels, drop)
     click.echo(f'{out_dir}: {converted.model} from {source.name}, a {converted.kind}')
     if converted.label_names:
         click.echo('labels: ' + ', '.join(f'{i} {name}' for i, name in enumerate(converted.label_names)))

@@ -17,12 +17,6 @@ def graft(model: str, out: Path, donor: str, seed: int) -> None:
 
     OUT is a .safetensors file for train.py's --initial-checkpoint.
     """
-    try:
-        from ..checkpoints.graft import graft as graft_backbone
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"graft needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
-    try:
-        count, left = graft_backbone(model, donor, out, seed)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    from ..checkpoints.graft import graft as graft_backbone
+    count, left = graft_backbone(model, donor, out, seed)
     click.echo(f"{out}: {count} tensors of {donor}'s backbone; random: {', '.join(left)}")

@@ -15,11 +15,7 @@ import click
 def pack(run: Path, out_dir: Path, labels: str | None, ema: bool, half: bool) -> None:
     """Turn RUN (a run folder or a checkpoint of train.py) into a timm folder OUT_DIR for 'local-dir:OUT_DIR'."""
     from ..checkpoints.pack import pack as pack_run
-    from ..train.checkpoints import PackError
     names = [name.strip() for name in labels.split(',')] if labels else None
-    try:
-        packed = pack_run(run, out_dir, names, ema=ema, half=half)
-    except (PackError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    packed = pack_run(run, out_dir, names, ema=ema, half=half)
     click.echo(f"{out_dir}: {packed['model']}{' (EMA)' if packed['ema'] else ''} from {packed['checkpoint']}, "
                f"epoch {packed['epoch']}, labels {', '.join(packed['label_names'])}")
