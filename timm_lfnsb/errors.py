@@ -8,5 +8,4 @@ class UserError(RuntimeError):
     """
 
 
-class LaunchError(RuntimeError):
-    """A script that cannot be run; the message says what to do."""
+LaunchError = UserError  # until its last users have gone

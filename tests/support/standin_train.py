@@ -1,6 +1,6 @@
 """A stand-in for timm's train script with its module-level contract.
 
-That is config_parser, parser, create_dataset, ClassificationTask, train_one_epoch and main.
+That is config_parser, parser, create_dataset, ClassificationTask, LogitDistillationTask, train_one_epoch and main.
 
 Just enough of it to test the launcher where no clone of timm is at hand.
 """
@@ -12,7 +12,7 @@ import torch
 import yaml
 from timm.data import create_dataset
 from timm.models import create_model
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 
 config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument('-c', '--config', default='')
@@ -20,6 +20,7 @@ parser = argparse.ArgumentParser(description='stand-in')
 parser.add_argument('--model', default='mobilefacenet')
 parser.add_argument('--class-map', default='')
 parser.add_argument('--kd-model-name', default=None)
+parser.add_argument('--kd-distill-type', default='logit')
 parser.add_argument('--torchscript', action='store_true')
 parser.add_argument('--naflex-loader', action='store_true')
 parser.add_argument('--aug-splits', type=int, default=0)
@@ -51,9 +52,6 @@ def main():
     args = parser.parse_args(remaining)
     torch.manual_seed(0)
     model = create_model(args.model, num_classes=4, img_size=32)
-    task = ClassificationTask(
-        model=model, criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'), dtype=None, verbose=False)
-    parts = task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
     epochs = []
     if args.data_dir:
         dataset = create_dataset(
@@ -63,6 +61,12 @@ def main():
             if hasattr(dataset, 'set_epoch'):
                 dataset.set_epoch(epoch)
             epochs.append([dataset[i][1] for i in range(len(dataset))])
+    common = dict(criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'), dtype=None, verbose=False)
+    if args.kd_model_name is not None:
+        task = LogitDistillationTask(student_model=model, teacher_model=args.kd_model_name, **common)
+    else:
+        task = ClassificationTask(model=model, **common)
+    parts = task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
     Path(args.output, 'result.json').write_text(json.dumps({
         'args': vars(args), 'task': type(task).__name__, 'parts': {k: v.sum().item() for k, v in parts.items()},
         'epochs': epochs}))

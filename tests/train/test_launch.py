@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +20,7 @@ from timm.data import create_dataset, create_loader
 
 from timm_lfnsb.cli import main
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
-from timm_lfnsb.models import memory
 from timm_lfnsb.recipes import recipe_names
-from timm_lfnsb.train import launch
 from timm_lfnsb.train.balance import BalancedDataset
 from timm_lfnsb.train.data_check import warn_of_other_labels
 
@@ -138,7 +135,7 @@ def test_other_scripts_run_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--kd-model-name', 'resnet18'], ['knowledge distillation']),
+    (['--kd-model-name', 'resnet18', '--kd-distill-type', 'feature'], ['--kd-model-name', 'logit']),
     (['--torchscript'], ['--torchscript', '--torchcompile']),
     (['--naflex-loader'], ['NaFlex']),
     (['--aug-splits', '3'], ['--aug-splits']),
@@ -209,7 +206,7 @@ def test_unknown_recipe(tmp_path):
 
 def test_script_without_tasks_is_too_old(tmp_path):
     script = tmp_path / 'legacy_train.py'
-    text = STANDIN.read_text().replace('from timm.task import ClassificationTask\n', '')
+    text = STANDIN.read_text().replace('from timm.task import ClassificationTask, LogitDistillationTask\n', '')
     script.write_text(text.replace(
         'task = ClassificationTask(', 'return print(args.cosine_harmony)\n    task = (lambda **k: k)('))
     assert run_forked(script).stdout.strip() == '0.0'
@@ -505,15 +502,3 @@ def test_real_train_with_class_balance(timm_scripts, imbalanced_folder, tmp_path
         assert result.stderr.count('happiness 60 -> 26, neutral 15 -> 26, sadness 4 -> 26') == 1
         settings = yaml.safe_load((tmp_path / experiment / 'args.yaml').read_text())
         assert settings['balance_power'] == 1.0
-
-
-@pytest.mark.parametrize('device, keeps', [('cpu', True), ('cuda', False)])
-def test_training_on_a_cpu_keeps_freed_memory(device, keeps, monkeypatch):
-    calls = []
-    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: calls.append(device))
-    module = SimpleNamespace(parser=argparse.ArgumentParser())
-    module.parser.add_argument('--device', default='cuda')
-    launch.extend_train_script(module)
-    assert calls == []
-    module.parser.parse_args(['--device', device])
-    assert bool(calls) == keeps

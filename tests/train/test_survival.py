@@ -8,7 +8,6 @@ import argparse
 import csv
 import errno
 import os
-import re
 import resource
 import shutil
 import signal
@@ -27,13 +26,14 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.task import ClassificationTask, TrainingTask
 from torch.utils.data import Dataset
 
-from timm_lfnsb.errors import LaunchError
+from timm_lfnsb.errors import UserError
 from timm_lfnsb.train import launch
 from timm_lfnsb.train.balance import BalancedDataset
+from timm_lfnsb.train.checkpoints import SafeSaver, check_output, summarize
 from timm_lfnsb.train.data_check import check_class_folders
 from timm_lfnsb.train.launch import extend_train_script, load_module, run_script
-from timm_lfnsb.train.safeguards import SafeSaver, check_output, summarize, watch_loss
-from timm_lfnsb.train.seeds import SeededDataset, batch_files, mix_seed, seed_epoch
+from timm_lfnsb.train.seeds import SeededDataset, mix_seed, seed_epoch
+from timm_lfnsb.train.watch import watch_loss
 
 STANDIN = TESTS / 'support' / 'standin_train.py'
 CPU = torch.device('cpu')
@@ -303,30 +303,6 @@ def test_the_seeded_dataset_is_the_dataset_it_wraps(face_folder):
     assert len(pickle.loads(pickle.dumps(dataset))) == 24  # for workers that are spawned
 
 
-def test_files_of_a_batch(face_folder):
-    """The names are those of the images that the loader gave, whatever has been read since."""
-    for power, sizes in ((None, None), (None, [16, 32]), (1., None)):
-        dataset = create_dataset('', root=str(face_folder), split='train', is_training=True)
-        if power:
-            dataset = BalancedDataset(dataset, power)
-        names = [path for path, _ in (dataset.dataset if power else dataset).reader.samples]
-        loader = create_loader(SeededDataset(dataset, 0), (3, 32, 32), 5, is_training=True, no_aug=True, device=CPU,
-                               num_workers=0, input_size_choices=sizes)
-        assert batch_files(loader, 0) == [] or power or sizes  # the order is not known
-        for epoch in (0, 1):
-            if hasattr(loader.dataset, 'set_epoch'):
-                loader.dataset.set_epoch(epoch)
-            if hasattr(loader.batch_sampler, 'set_epoch'):
-                loader.batch_sampler.set_epoch(epoch)
-            seed_epoch(loader, 7, epoch)
-            targets = [target.tolist() for _, target in loader]
-            folders = sorted({Path(name).parent.name for name in names})
-            for batch in (0, 3):
-                files = batch_files(loader, batch)
-                assert [folders.index(Path(file).parent.name) for file in files] == targets[batch]
-        assert batch_files(loader, 99) == []
-
-
 def test_mixup_off_reaches_the_workers(tmp_path, face_folder):
     """timm switches its mixup off in a copy that worker processes which live on never see."""
     module = argparse.Namespace(**vars(load_module(STANDIN)), create_loader=create_loader)
@@ -349,6 +325,7 @@ def test_a_script_that_imports_the_saver_by_name_gets_ours():
     from timm.utils import CheckpointSaver, update_summary
     module = argparse.Namespace(parser=argparse.ArgumentParser(), CheckpointSaver=CheckpointSaver, utils=timm.utils)
     extend_train_script(module)
+    module.parser.parse_args([])
     assert module.CheckpointSaver is module.utils.CheckpointSaver is SafeSaver
     assert module.utils.update_summary is summarize and module.utils.random_seed is timm.utils.random_seed
     assert timm.utils.CheckpointSaver is CheckpointSaver and timm.utils.update_summary is update_summary
@@ -373,10 +350,10 @@ def test_a_script_without_the_usual_epoch_is_warned_of(tmp_path, caplog):
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(LaunchError, match=r'file/run cannot be written \(Not a directory\).*--output'):
+    with pytest.raises(UserError, match=r'file/run cannot be written \(Not a directory\).*--output'):
         check_output(argparse.Namespace(output=str(tmp_path / 'file'), experiment='run'))
     if sys.platform == 'linux':
-        with pytest.raises(LaunchError, match=r'/proc/none cannot be written'):
+        with pytest.raises(UserError, match=r'/proc/none cannot be written'):
             check_output(argparse.Namespace(output='/proc/none', experiment=''))
     check_output(argparse.Namespace(output=str(tmp_path / 'new' / 'deep'), experiment='run'))
     assert list((tmp_path / 'new' / 'deep' / 'run').iterdir()) == []
@@ -385,7 +362,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_
 @pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may write everywhere: run as a user')
 def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(LaunchError, match=r'Permission denied'):
+    with pytest.raises(UserError, match=r'Permission denied'):
         check_output(argparse.Namespace(output=str(tmp_path), experiment='run'))
 
 
@@ -397,7 +374,7 @@ def test_other_processes_of_a_run_do_not_write(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(LaunchError, match=r'none.pth.tar is not a file'):
+    with pytest.raises(UserError, match=r'none.pth.tar is not a file'):
         check_output(argparse.Namespace(output=str(tmp_path), resume=str(tmp_path / 'none.pth.tar')))
 
 
@@ -424,42 +401,6 @@ class Run:
                          checkpoint_dir=str(folder), recovery_dir=str(folder), **kwargs)
 
 
-@pytest.mark.parametrize('opt, ema', [('adamw', True), ('adamw', False), ('sgd', True), ('momentum', False)])
-def test_space_is_estimated_close_to_what_a_run_takes(opt, ema, tmp_path, monkeypatch):
-    run = Run(opt, ema)
-    run.step()
-    saver = run.saver(tmp_path, max_history=2)
-    for epoch in range(3):
-        saver.save_checkpoint(epoch, metric=epoch)
-    size = (tmp_path / 'last.pth.tar').stat().st_size
-    taken = sum({stat.st_ino: stat.st_size for stat in map(os.stat, tmp_path.iterdir())}.values())
-    assert taken == pytest.approx(2 * size, rel=1e-3)  # the last one and the best but one, under four names
-
-    def check(free: float, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(shutil, 'disk_usage', lambda _: argparse.Namespace(free=int(free)))
-        run.saver(folder, max_history=2)
-
-    # While the fourth is written there are two, the last and the new one; the estimate is within 10 % of that.
-    check(4.1 * size, tmp_path / 'other')
-    with pytest.raises(LaunchError, match=r'\(4 of \d+ MB\).*--checkpoint-hist'):
-        check(3.6 * size, tmp_path / 'other')
-    check(2.1 * size, tmp_path)  # half of it is there from before
-    with pytest.raises(LaunchError, match=r'MB free'):
-        check(1.6 * size, tmp_path)
-
-
-def test_a_short_run_needs_less_space(tmp_path, monkeypatch):
-    run = Run('sgd')
-    sizes = []
-    for kwargs in (dict(epochs=1, max_history=10), dict(epochs=100, max_history=10)):
-        monkeypatch.setattr(shutil, 'disk_usage', lambda _: argparse.Namespace(free=0))
-        with pytest.raises(LaunchError) as error:
-            run.saver(tmp_path, **kwargs)
-        sizes.append(int(re.search(r'\((\d+) of', str(error.value))[1]))
-    assert sizes == [3, 12]
-
-
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file may grow beyond this many bytes: as near to a full disk as a test gets without one."""
@@ -480,7 +421,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(tmp_path):
     assert set(before) == {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'}
     size = len(before['last.pth.tar'])
     for save in (lambda: saver.save_checkpoint(1, metric=2.), lambda: saver.save_recovery(1, 5)):
-        with file_size_limit(size // 2), pytest.raises(LaunchError) as error:
+        with file_size_limit(size // 2), pytest.raises(UserError) as error:
             save()
         message = str(error.value)
         assert 'epoch 1' in message and 'free some space' in message and f'--resume {tmp_path}/last.pth.tar' in message
@@ -503,7 +444,7 @@ def test_without_hard_links_a_failed_copy_keeps_the_best_checkpoint(tmp_path, mo
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(shutil, 'copy2', full)
-    with pytest.raises(LaunchError, match=r'No space left on device'):
+    with pytest.raises(UserError, match=r'No space left on device'):
         saver.save_checkpoint(1, metric=2.)
     assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 0
     assert not list(tmp_path.glob('*.tmp'))
@@ -522,7 +463,7 @@ def test_real_train_on_a_disk_that_fills(timm_scripts, face_folder, tmp_path, mo
 
     monkeypatch.setattr(torch, 'save', fill)
     flags = ['--epochs', '2', '--val-split', '']
-    with pytest.raises(LaunchError, match=r'checkpoint of epoch 1 cannot be written.*No space left.*--resume'):
+    with pytest.raises(UserError, match=r'checkpoint of epoch 1 cannot be written.*No space left.*--resume'):
         train(timm_scripts, face_folder, tmp_path, 'full', *flags)
     last = tmp_path / 'full' / 'last.pth.tar'
     assert load(last)['epoch'] == 0
@@ -533,7 +474,7 @@ def test_real_train_on_a_disk_that_fills(timm_scripts, face_folder, tmp_path, mo
 def test_other_files_of_a_run_on_a_full_disk(tmp_path):
     script = tmp_path / 'train.py'
     script.write_text("def main():\n    raise OSError(28, 'No space left on device', 'summary.csv')\n")
-    with patched(), pytest.raises(LaunchError, match=r'summary.csv cannot be written \(No space left on device\)'):
+    with patched(), pytest.raises(UserError, match=r'summary.csv cannot be written \(No space left on device\)'):
         run_script(str(script), [])
     script.write_text("def main():\n    raise OSError(2, 'No such file', 'other.csv')\n")
     with patched(), pytest.raises(FileNotFoundError):
@@ -565,52 +506,17 @@ def test_summary_has_one_header(tmp_path):
 
 # --- a loss that is not a number ---------------------------------------------------------------------------------
 
-class Spoiled(Dataset):
-    """A dataset with one image that is NaN."""
-
-    def __init__(self, dataset, index: int):
-        self.dataset, self.index, self.transform = dataset, index, None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        image, target = self.dataset[index]
-        return self.transform(image) + (torch.nan if index == self.index else 0), target
-
-    def filename(self, *args) -> str:
-        return self.dataset.filename(*args)
-
-
-def test_the_batch_and_its_images_are_named(face_folder):
-    dataset = create_dataset('', root=str(face_folder), split='train', is_training=True)
-    loader = create_loader(
-        SeededDataset(Spoiled(dataset, 13), 0), (3, 32, 32), 6, is_training=True, no_aug=True, use_prefetcher=False,
-        num_workers=0, device=CPU)
-    task = Run().task
-    seed_epoch(loader, 5, 2)
-    with pytest.raises(LaunchError) as error, watch_loss(task.eval(), loader, 2, argparse.Namespace()):
-        for step, (images, target) in enumerate(loader):
-            if images.isnan().any():
-                expected = step
-            with torch.no_grad():
-                task(images, target)
-    message = str(error.value)
-    assert f'in epoch 2, batch {expected} of 4' in message and '1 of its 6 images and the logits of 1' in message
-    assert f'({dataset.filename(13)})' in message and '--clip-grad 1' in message and 'bfloat16' not in message
-    assert not task._forward_hooks and not task._forward_pre_hooks
-
-
 def test_the_last_batch_of_an_epoch_is_watched_too():
     task, images = Run().task, torch.full((2, 3, 32, 32), torch.inf)
     options = argparse.Namespace(clip_grad=1., amp=True, amp_dtype='float16')
-    with pytest.raises(LaunchError, match=r'batch 0 of 1 .*--amp-dtype bfloat16') as error, \
+    with pytest.raises(UserError, match=r'batch 0 of 1 .*--amp-dtype bfloat16') as error, \
             watch_loss(task, [0], 0, options):
         task(images, torch.tensor([0, 1]))
     assert '--clip-grad' not in str(error.value)
     task = Run().task
     with watch_loss(task, [0], 1, options):
         task(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert not task._forward_hooks and not task._forward_pre_hooks
 
 
 def test_weights_that_are_nan_are_not_saved(tmp_path):
@@ -618,14 +524,14 @@ def test_weights_that_are_nan_are_not_saved(tmp_path):
     saver = run.saver(tmp_path)
     with torch.no_grad():
         run.task.get_trainable_module(ema=True).module.fc.weight[0, 0] = torch.nan
-    with pytest.raises(LaunchError, match=r'not finite at the end of epoch 0.*there is none before'):
+    with pytest.raises(UserError, match=r'not finite at the end of epoch 0.*there is none before'):
         saver.save_checkpoint(0, metric=1.)
     assert list(tmp_path.iterdir()) == []
     run.task.get_trainable_module(ema=True).module.fc.weight.data.zero_()
     saver.save_checkpoint(0, metric=1.)
     run.task.get_trainable_module().fc.weight.data.fill_(torch.inf)
     for save in (lambda: saver.save_checkpoint(1, metric=2.), lambda: saver.save_recovery(1, 3)):
-        with pytest.raises(LaunchError, match=r'--resume .*last.pth.tar'):
+        with pytest.raises(UserError, match=r'--resume .*last.pth.tar'):
             save()
     assert {path.name for path in tmp_path.iterdir()} == {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'}
     assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 0
@@ -634,7 +540,7 @@ def test_weights_that_are_nan_are_not_saved(tmp_path):
 @pytest.mark.parametrize('flags', [[], ['--cosine-harmony', '0', '--amp', '--amp-dtype', 'bfloat16']])
 def test_real_train_stops_at_a_loss_that_is_nan(flags, timm_scripts, face_folder, tmp_path):
     """A learning rate that blows the weights up, with and without the loss of this package."""
-    with pytest.raises(LaunchError, match=r'in epoch 0, batch [12] of 4.*images and the logits of 6 \(.*png'):
+    with pytest.raises(UserError, match=r'in epoch 0, batch [12] of 4.*--clip-grad 1'):
         train(timm_scripts, face_folder, tmp_path, 'nan', '--opt', 'sgd', '--lr', '1e30', '--epochs', '2', *flags)
     assert not list((tmp_path / 'nan').glob('*.pth.tar'))
 
@@ -692,7 +598,7 @@ def test_folders_that_fit_the_class_map_pass(tmp_path):
 
 def test_a_synonym_and_an_unknown_folder_are_refused_with_both_lists(tmp_path):
     options = folders(tmp_path, classes=CLASSES, validation=('anger', 'Happy', 'yawning'))
-    with pytest.raises(LaunchError) as error:
+    with pytest.raises(UserError) as error:
         check_class_folders(options)
     message = str(error.value)
     assert f'{tmp_path}/validation has folders' in message and '\n' not in message
@@ -706,10 +612,10 @@ def test_folders_left_out_on_purpose(skip, tmp_path):
     options = folders(tmp_path, classes=CLASSES, train=('anger', 'yawning'), skip_folders=skip)
     check_class_folders(options)
     options.skip_folders = ['yaw']
-    with pytest.raises(LaunchError, match=r'yawning'):
+    with pytest.raises(UserError, match=r'yawning'):
         check_class_folders(options)
     options.class_map = ''
-    with pytest.raises(LaunchError, match=r'needs a --class-map'):
+    with pytest.raises(UserError, match=r'needs a --class-map'):
         check_class_folders(options)
 
 
@@ -718,7 +624,7 @@ def test_tar_files_are_looked_into(tmp_path):
     with tarfile.open(tmp_path / 'faces.tar', 'w') as tar:
         tar.add(tmp_path / 'train', 'train')
     options.data_dir, options.val_split = str(tmp_path / 'faces.tar'), ''
-    with pytest.raises(LaunchError, match=r'faces.tar has folders.*happy \(which the class map calls happiness\)'):
+    with pytest.raises(UserError, match=r'faces.tar has folders.*happy \(which the class map calls happiness\)'):
         check_class_folders(options)
     (tmp_path / 'map.txt').write_text('happy\nanger\n')
     check_class_folders(options)
@@ -729,7 +635,7 @@ def test_zip_files_and_empty_splits_are_refused(tmp_path):
     shutil.rmtree(tmp_path / 'validation')
     (tmp_path / 'validation').mkdir()
     (tmp_path / 'validation' / 'faces.zip').write_bytes(b'')
-    with pytest.raises(LaunchError, match=r"no images found for the split 'validation'.*no zip files.*prepare"):
+    with pytest.raises(UserError, match=r"no images found for the split 'validation'.*no zip files.*prepare"):
         check_class_folders(options)
 
 
@@ -737,25 +643,25 @@ def test_a_class_map_that_cannot_be_read_or_is_too_large(tmp_path):
     options = folders(tmp_path, classes=CLASSES, num_classes=3)
     check_class_folders(options)
     options.num_classes = 2
-    with pytest.raises(LaunchError, match=r'up to 2, counted from 0, but --num-classes is 2'):
+    with pytest.raises(UserError, match=r'up to 2, counted from 0, but --num-classes is 2'):
         check_class_folders(options)
     options.class_map = str(tmp_path / 'none.txt')
-    with pytest.raises(LaunchError, match=r'none.txt cannot be read'):
+    with pytest.raises(UserError, match=r'none.txt cannot be read'):
         check_class_folders(options)
 
 
 def test_splits_numbered_differently_are_refused_without_a_class_map(tmp_path):
     """timm numbers the folders it finds in each split: one that is missing shifts the others."""
-    with pytest.raises(LaunchError, match=r'anger, happiness, neutral.*anger, neutral'):
+    with pytest.raises(UserError, match=r'anger, happiness, neutral.*anger, neutral'):
         check_class_folders(folders(tmp_path / 'a', validation=('anger', 'neutral')))
     check_class_folders(folders(tmp_path / 'b', validation=('anger', 'happiness')))
-    with pytest.raises(LaunchError, match=r'give a class map'):
+    with pytest.raises(UserError, match=r'give a class map'):
         check_class_folders(folders(tmp_path / 'c', validation=('anger', 'happiness', 'neutral', 'sadness')))
 
 
 def test_the_launcher_checks_folders_before_all_else(tmp_path):
     options = folders(tmp_path, classes=CLASSES, train=('anger', 'happy'))
-    with patched(), pytest.raises(LaunchError, match=r'happy'):
+    with patched(), pytest.raises(UserError, match=r'happy'):
         run_script(str(STANDIN), ['--data-dir', str(tmp_path), '--class-map', options.class_map, '--output',
                                   str(tmp_path / 'out')])
     assert not (tmp_path / 'out').exists()

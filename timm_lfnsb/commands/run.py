@@ -12,10 +12,19 @@ def run(script: str, args: tuple[str, ...]) -> None:
 
     SCRIPT is a path, or a name such as train.py in the folder that TIMM_SCRIPTS names (a clone of timm). All further
     arguments are the script's own; train.py also takes --cosine-harmony and friends, see `run train.py --help`.
+
+    What train.py keeps from losing work: Order, augmentation, mixup, erasing and dropout of an epoch follow from --seed
+    and its number. A run that was killed and goes on with --resume RUN/last.pth.tar in its own folder (the same
+    --experiment) ends as an uninterrupted one, to the last bit on a CPU with as many workers, threads and processes,
+    and keeps its best epoch. An output folder that cannot be written, and folders of images that the class map does not
+    name, are refused before training. A full disk and a loss that is not finite end the run with one sentence;
+    checkpoints that were written stay whole.
+
+    What timm cannot do: a recovery-*.pth.tar resumes at the next epoch and skips the rest of its own; the state of
+    --sched plateau is not in the checkpoint; streamed data, the NaFlex loader and --use-multi-epochs-loader do not
+    repeat; GPU kernels need not repeat to the bit; keeping the best epoch over a restart needs timm 1.0.31.
+
+    Several processes: torchrun --nproc-per-node N -m timm_lfnsb run train.py ...
     """
-    from ..errors import LaunchError
     from ..train.launch import run_script
-    try:
-        run_script(script, args)
-    except LaunchError as error:
-        raise click.ClickException(str(error)) from None
+    run_script(script, args)

@@ -6,18 +6,32 @@ from typing import Any
 
 import torch
 from timm.utils import world_info_from_env
-from torch.utils.data import Subset, WeightedRandomSampler
+from torch.utils.data import WeightedRandomSampler
+
+from .datasets import DatasetWrapper
 
 _logger = logging.getLogger(__name__)
 
 
-class BalancedDataset(Subset):
+def folder_targets(dataset: Any) -> torch.Tensor:
+    """Class numbers (N,) of the images of a folder dataset of timm, read from their folders or drawn from votes.
+
+    Raises:
+        ValueError: When the dataset does not tell its targets without loading images.
+    """
+    try:
+        return torch.tensor([target for _, target in dataset.reader.samples])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise ValueError('this needs a folder of images as --data-dir, not --dataset.') from None
+
+
+class BalancedDataset(DatasetWrapper):
     """Training set whose images are drawn anew each epoch, with replacement, and those of rare classes more often.
 
     An epoch stays as long as it was. A class of n images gets a share of it that is proportional to n ** (1 - power):
     power 0 leaves the classes as they are, 1 draws all of them equally often, 0.5 by the square root of their size.
     The draw is a function of seed and epoch alone: each process of a distributed run makes the same one, so the
-    sampler can divide it among them, and a resumed run repeats it. Samplers and transforms see an ordinary dataset.
+    sampler can divide it among them, and a resumed run repeats it.
 
     Args:
         dataset: A folder dataset of timm, whose reader lists its samples and targets.
@@ -28,54 +42,39 @@ class BalancedDataset(Subset):
         ValueError: When the power is out of range, or the dataset does not tell its targets without loading images.
     """
 
-    indices: Any
-    dataset: Any
-
     def __init__(self, dataset: Any, power: float, seed: int = 0):
         if not 0 <= power <= 1:
             raise ValueError(f'the balance power must lie in [0, 1], got {power}.')
-        super().__init__(dataset, ())
-        counts = self._targets().bincount()
+        super().__init__(dataset)
+        counts = folder_targets(dataset).bincount()
         # In shared memory: worker processes that live on from epoch to epoch keep the dataset they were started with.
         self.indices = torch.arange(len(dataset)).share_memory_()
         self.power = power
         self.seed = seed
         self.set_epoch(0)
         if world_info_from_env()[1] == 0:
-            self._log(counts, power)
+            self._log(counts)
 
-    def _targets(self) -> torch.Tensor:
-        try:
-            return torch.tensor([target for _, target in self.dataset.reader.samples])
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            raise ValueError('class balance needs a folder of images as --data-dir, not --dataset.') from None
-
-    def _log(self, counts: torch.Tensor, power: float) -> None:
-        shares = counts.double() ** (1 - power) * (counts > 0)
+    def _log(self, counts: torch.Tensor) -> None:
+        shares = counts.double() ** (1 - self.power) * (counts > 0)
         expected = (shares / shares.sum() * len(self)).round().int().tolist()
         names = {index: name for name, index in self.dataset.reader.class_to_idx.items()}
-        _logger.info(f'Class balance with power {power:g}, images of an epoch: ' + ', '.join(
+        _logger.info(f'Class balance with power {self.power:g}, images of an epoch: ' + ', '.join(
             f'{names[i]} {count} -> {expected[i]}' for i, count in enumerate(counts.tolist()) if count))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the images of an epoch; timm's train script calls this before each."""
         if hasattr(self.dataset, 'set_epoch'):  # labels that are drawn anew make other classes rare
             self.dataset.set_epoch(epoch)
-        targets = self._targets()
+        targets = folder_targets(self.dataset)
         weights = targets.bincount().double()[targets] ** -self.power
         generator = torch.Generator().manual_seed(self.seed + epoch)
         drawn = WeightedRandomSampler(weights, len(self), generator=generator)  # type: ignore[arg-type]
         self.indices.copy_(torch.tensor(list(drawn)))
 
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(self.indices[index])]
+
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """File name of an image of this epoch, as timm's own datasets give it."""
         return self.dataset.filename(int(self.indices[index]), basename, absolute)
-
-    # timm's loader sets the transform after the dataset is made.
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform

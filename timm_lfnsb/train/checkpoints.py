@@ -1,25 +1,36 @@
-"""Checkpoints of timm's train script: found, read, and what the run says of its labels."""
+"""Checkpoints of timm's train script: written without loss, found, read, and what a run says of its labels."""
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
 import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import create_dataset
+from timm.utils import CheckpointSaver, unwrap_model, update_summary, world_info_from_env
 
+from ..errors import UserError
+from ..labels import canonical_name
 
-class PackError(RuntimeError):
-    """A checkpoint that cannot be packed; the message says what to do."""
+_logger = logging.getLogger(__name__)
+PackError = UserError  # until its last users have gone
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of a full or failing disk, as opposed to those of wrong paths."""
 
 
 def find_checkpoint(run: Path) -> Path:
     """The checkpoint to pack: the file itself, or a run folder's best one.
 
     Raises:
-        PackError: When there is none.
+        UserError: When there is none.
     """
     if run.is_file():
         return run
@@ -27,24 +38,24 @@ def find_checkpoint(run: Path) -> Path:
         if (run / name).is_file():
             return run / name
     what = 'has neither model_best.pth.tar nor last.pth.tar' if run.is_dir() else 'does not exist'
-    raise PackError(f'{run} {what}: give the folder of a run of train.py, or one of its checkpoints.')
+    raise UserError(f'{run} {what}: give the folder of a run of train.py, or one of its checkpoints.')
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a train.py checkpoint without running any code it may contain.
 
     Raises:
-        PackError: When it is damaged, holds more than tensors and settings, or was not written by train.py.
+        UserError: When it is damaged, holds more than tensors and settings, or was not written by train.py.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = str(error).split('\n')[0]
-        raise PackError(f'{path} is damaged or no checkpoint of train.py ({reason}).') from None
+        raise UserError(f'{path} is damaged or no checkpoint of train.py ({reason}).') from None
     if (not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint
             or not hasattr(checkpoint.get('args'), 'model')):
-        raise PackError(f'{path} lacks the settings of its run: only checkpoints written by train.py can be packed.')
+        raise UserError(f'{path} lacks the settings of its run: only checkpoints written by train.py can be packed.')
     return checkpoint
 
 
@@ -55,24 +66,24 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
         The names, or None where neither is there any more.
 
     Raises:
-        PackError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
+        UserError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
     """
     data_dir = getattr(args, 'data_dir', None)
     class_map = getattr(args, 'class_map', '') or ''
     for path in (class_map, '' if class_map else data_dir):
         if path and not os.path.isabs(path):  # timm-lfnsb run keeps absolute ones
-            raise PackError(
+            raise UserError(
                 f'the run names its {"class map" if class_map else "data"} by the relative path {path}, which may be '
                 'another one by now: give the labels in the order of the run with --labels.')
     if class_map:
         if not Path(class_map).is_file():
-            raise PackError(
+            raise UserError(
                 f"the run's class map {args.class_map} is not there any more: put it back, or give the labels in its "
                 'order with --labels.')
         try:
             lines = Path(class_map).read_text(encoding='utf-8').splitlines()
         except ValueError:
-            raise PackError(f'the class map {class_map} is not text: give the labels with --labels.') from None
+            raise UserError(f'the class map {class_map} is not text: give the labels with --labels.') from None
         return [line.strip() for line in lines]
     if data_dir and Path(data_dir).is_dir() and not getattr(args, 'dataset', ''):
         try:
@@ -82,3 +93,137 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
             return None
         return sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
     return None
+
+
+def load_centers(task: Any, options: argparse.Namespace) -> None:
+    """Let the centers of a Cosine-Harmony run go on where --initial-checkpoint is a run of ours with the same labels.
+
+    Args:
+        task: A `CosineHarmonyTask`.
+        options: The run's settings.
+    """
+    path = Path(getattr(options, 'initial_checkpoint', None) or '')
+    try:
+        checkpoint = load_checkpoint(path)
+        old, new = run_label_names(checkpoint['args']), run_label_names(options)
+    except UserError:  # other weights than a run's; train.py has read them already
+        return
+    state = checkpoint.get('task_state_ema') or checkpoint.get('task_state') or {}
+    centers = state.get('cosine_harmony', {}).get('centers')
+    if centers is None:
+        return
+    same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
+    if same and centers.shape == task.centers.shape:
+        task.load_task_state(state)
+        _logger.info(f'The centers go on from {path}.')
+    else:
+        _logger.warning(f'The centers of {path} are of other classes or features: they start anew.')
+
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Refuse an output folder that cannot be made or written, and a checkpoint to resume from that is not there.
+
+    Args:
+        options: What train.py's parser returned; `output` and `experiment` name the folder.
+
+    Raises:
+        UserError: With the reason.
+    """
+    resume = getattr(options, 'resume', None)
+    if resume and not Path(resume).is_file():
+        raise UserError(f'--resume {resume} is not a file: give a checkpoint of the run, such as last.pth.tar.')
+    if world_info_from_env()[1] != 0 or not hasattr(options, 'output'):  # only the first process writes
+        return
+    folder = Path(options.output or 'output/train', getattr(options, 'experiment', None) or '')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2 ** 20))
+    except OSError as error:
+        raise UserError(
+            f'the output folder {folder} cannot be written ({error.strerror or error}): free some space or give '
+            'another one with --output.') from None
+
+
+def not_finite(module: torch.nn.Module) -> bool:
+    tensors = [tensor for tensor in module.state_dict().values()
+               if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
+    # One answer from the device, not one for each tensor.
+    return bool(tensors) and not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
+class SafeSaver(CheckpointSaver):
+    """timm's checkpoint saver that loses nothing to a full disk, to weights that are NaN, or to a restart.
+
+    * A checkpoint that cannot be written, or whose weights are not finite, ends the run; the former ones stay.
+    * `last` and `model_best` are always whole: a new one takes the place of the old in one step.
+    * A run that is resumed in its own folder goes on from its best epoch; without that, the first epoch after the
+      restart would become `model_best`.
+
+    Raises:
+        UserError: When a checkpoint cannot be written.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.folder = Path(self.checkpoint_dir)
+        resume = getattr(self.args, 'resume', None)
+        # Releases of timm before 1.0.31 keep no history.
+        if resume and hasattr(self, 'load_state_dict_from_checkpoint') \
+                and Path(resume).resolve().parent == self.folder.resolve():
+            self.load_state_dict_from_checkpoint(resume)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        task = getattr(self, 'task', None)
+        ema = self.model_ema if task is None else task.get_trainable_module(ema=True)
+        return [unwrap_model(module) for module in (self.model, ema) if module is not None]
+
+    @contextmanager
+    def _guard(self, epoch: int) -> Iterator[None]:
+        if any(map(not_finite, self._modules())):
+            raise UserError(
+                f'the weights are not finite at the end of epoch {epoch}, so they are not saved; {self._advice()}, '
+                'after a change such as a lower --lr or --clip-grad 1.')
+        try:
+            yield
+        # torch's own writer of files reports a full disk as a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            for name in ('tmp', 'recovery_tmp'):
+                with suppress(OSError):
+                    (self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
+            reason = (getattr(error, 'strerror', None) or str(error)).splitlines()[0]
+            raise UserError(
+                f'the checkpoint of epoch {epoch} cannot be written to {self.folder} ({reason}): free some space; '
+                f'{self._advice()}.') from None
+
+    def _advice(self) -> str:
+        last = self.folder / f'last{self.extension}'
+        return f'the one before is whole, go on with --resume {last}' if last.is_file() else 'there is none before'
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> Any:
+        with self._guard(epoch):
+            return super().save_checkpoint(epoch, metric)
+
+    def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
+        with self._guard(epoch):
+            super().save_recovery(epoch, batch_idx)
+
+    # timm removes the old file first, so one kill in between, or one failed copy, would lose it.
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        new = f'{dst}.tmp'
+        try:
+            super()._duplicate(src, new)
+            os.replace(new, dst)
+        finally:
+            Path(new).unlink(missing_ok=True)  # there still if the copy failed, or if both were one file
+
+
+def summarize(epoch: int, train_metrics: Any, eval_metrics: Any, filename: str, **kwargs: Any) -> None:
+    """timm's `update_summary`, but a resumed run writes no second header into summary.csv."""
+    if os.path.exists(filename) and os.path.getsize(filename):
+        kwargs['write_header'] = False
+    update_summary(epoch, train_metrics, eval_metrics, filename, **kwargs)

@@ -14,7 +14,7 @@ from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.utils import world_info_from_env
 
-from ..errors import LaunchError
+from ..errors import UserError
 from ..labels import canonical_name
 from .checkpoints import run_label_names
 
@@ -25,14 +25,14 @@ def split_folders(options: argparse.Namespace, split: str) -> tuple[str, list[st
     """The folder or tar file that timm reads a split from, and the names of the folders of images in it.
 
     Raises:
-        LaunchError: When there are no images.
+        UserError: When there are no images.
     """
     try:
         # timm's own reader without a class map, so that what it finds here is what it finds there.
         reader = create_dataset(
             '', root=options.data_dir, split=split, input_key=getattr(options, 'input_key', None)).reader
     except (RuntimeError, AssertionError, ValueError):
-        raise LaunchError(
+        raise UserError(
             f"no images found for the split '{split}' in {options.data_dir}: timm reads folders of images and tar "
             'files, but no zip files; `timm-lfnsb prepare` makes such folders.') from None
     names = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', {})
@@ -48,7 +48,7 @@ def check_class_folders(options: argparse.Namespace) -> None:
         options: What train.py's parser returned; only folders and tar files are looked at (`data_dir`).
 
     Raises:
-        LaunchError: With both lists.
+        UserError: With both lists.
     """
     # train.py moves the old positional argument into data_dir later.
     data_dir = getattr(options, 'data_dir', None) or getattr(options, 'data', None)
@@ -64,19 +64,19 @@ def check_class_folders(options: argparse.Namespace) -> None:
     skipped = [skipped] if isinstance(skipped, str) else skipped  # one name in YAML
     if not class_map:
         if skipped:
-            raise LaunchError('--skip-folders needs a --class-map, which says what the other folders are.')
+            raise UserError('--skip-folders needs a --class-map, which says what the other folders are.')
         _check_same_numbers(found)
         return
     for root, folders in found.values():
         try:
             classes = load_class_map(class_map, root)
         except (AssertionError, OSError, ValueError, pickle.PickleError) as error:
-            raise LaunchError(f'--class-map {class_map} cannot be read ({error}).') from None
+            raise UserError(f'--class-map {class_map} cannot be read ({error}).') from None
         # Hidden folders and __MACOSX are what file managers leave behind: nobody misses their images.
         unknown = [name for name in folders
                    if name not in classes and name not in skipped and not name.startswith(('.', '__'))]
         if unknown:
-            raise LaunchError(
+            raise UserError(
                 f"{root} has folders that the class map does not name, and timm would leave their images out: "
                 f"{', '.join(_explain(name, classes) for name in unknown)} (folders: {_listing(sorted(folders))}; "
                 f"class map {class_map}: {_listing([str(name) for name in classes])}): make a folder with these names "
@@ -85,7 +85,7 @@ def check_class_folders(options: argparse.Namespace) -> None:
         num_classes = getattr(options, 'num_classes', None)
         high = max((classes[name] for name in folders if name in classes), default=0)
         if num_classes and high >= num_classes:
-            raise LaunchError(
+            raise UserError(
                 f'{class_map} numbers the folders of {root} up to {high}, counted from 0, but --num-classes is '
                 f'{num_classes}.')
 
@@ -99,7 +99,7 @@ def _check_same_numbers(found: Mapping[str, tuple[str, list[str]]]) -> None:
     (root, names), *others = found.values()
     for other_root, other_names in others:
         if any(name not in names or names.index(name) != i for i, name in enumerate(other_names)):
-            raise LaunchError(
+            raise UserError(
                 f'without --class-map timm numbers the folders of each split for itself, and they differ: {root} has '
                 f'{_listing(names)}, {other_root} has {_listing(other_names)}: give a class map.')
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError
 from ..recipes import recipe_names, recipe_path
 
 # Settings that name places on the machine of the run, or say nothing about the weights.
@@ -24,18 +25,17 @@ _OF_THE_MACHINE = {
 CURVE_POINTS = 6
 
 
-class RunError(ValueError):
-    """A folder that is not a run of train.py."""
-
-
 def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that say something about the weights: no paths, no machine, nothing that is off."""
     kept = {
         key: value for key, value in sorted(settings.items())
         if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
-    teacher = str(kept.get('kd_model_name', ''))
-    if teacher.startswith('local-dir:'):
-        kept['kd_model_name'] = f'local-dir:{Path(teacher).name}'
+    if 'kd_model_name' in kept:
+        teachers = str(kept['kd_model_name']).split(',')
+        kept['kd_model_name'] = ','.join(
+            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name for name in teachers)
+    if 'label_votes' in kept:
+        kept['label_votes'] = Path(kept['label_votes']).name
     return kept
 
 
@@ -43,11 +43,11 @@ def read_curve(run: Path) -> list[dict[str, float]]:
     """The rows of a run's summary.csv, one an epoch; of an epoch that a resumed run did again, the later.
 
     Raises:
-        RunError: When there is none, or it is not train.py's.
+        UserError: When there is none, or it is not train.py's.
     """
     path = run / 'summary.csv'
     if not path.is_file():
-        raise RunError(f'{run} has no summary.csv: give the folders of runs of train.py that have ended an epoch.')
+        raise UserError(f'{run} has no summary.csv: give the folders of runs of train.py that have ended an epoch.')
     epochs: dict[float, dict[str, float]] = {}
     try:
         with open(path, newline='', encoding='utf-8') as file:
@@ -57,7 +57,7 @@ def read_curve(run: Path) -> list[dict[str, float]]:
                 values = {key: round(float(value), 5) for key, value in row.items() if value}
                 epochs[values['epoch']] = values
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
-        raise RunError(f'{path} is not the summary of a run of train.py: give another folder.') from None
+        raise UserError(f'{path} is not the summary of a run of train.py: give another folder.') from None
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
@@ -65,17 +65,17 @@ def read_run(run: Path) -> dict[str, Any]:
     """Settings, recipe and curve of a run folder; the curve is empty before the end of the first epoch.
 
     Raises:
-        RunError: When the folder has no args.yaml, or something else in its place.
+        UserError: When the folder has no args.yaml, or something else in its place.
     """
     path = run / 'args.yaml'
     if not path.is_file():
-        raise RunError(f'{run} has no args.yaml: give the folder of a run of train.py, or one that holds such folders.')
+        raise UserError(f'{run} has no args.yaml: give the folder of a run of train.py, or one that holds some.')
     try:
         settings = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict) or 'model' not in settings:
-        raise RunError(f'{path} does not hold the settings of a run of train.py: give another folder.')
+        raise UserError(f'{path} does not hold the settings of a run of train.py: give another folder.')
     settings = clean_settings(settings)
     curve = read_curve(run) if (run / 'summary.csv').is_file() else []
     return {'name': run.name, 'settings': settings, **find_recipe(settings), 'curve': curve}
@@ -100,11 +100,11 @@ def find_runs(folder: Path) -> list[Path]:
     """The run folders in a folder, itself included, sorted by path.
 
     Raises:
-        RunError: When there is none.
+        UserError: When there is none.
     """
     runs = sorted(path.parent for path in folder.rglob('args.yaml'))
     if not runs:
-        raise RunError(f'{folder} has no run of train.py (a folder with args.yaml).')
+        raise UserError(f'{folder} has no run of train.py (a folder with args.yaml).')
     return runs
 
 
@@ -208,7 +208,7 @@ def _augmentation(settings: dict[str, Any]) -> str:
     for key, name in (
             ('hflip', 'flip'), ('aa', 'auto'), ('color_jitter', 'jitter'), ('grayscale_prob', 'grey'),
             ('gaussian_blur_prob', 'blur'), ('reprob', 'erase'), ('mixup', 'mixup'), ('cutmix', 'cutmix'),
-            ('drop', 'drop'), ('drop_path', 'drop path'), ('balance_power', 'balance')):
+            ('drop', 'drop'), ('drop_path', 'drop path'), ('photo_look', 'photo look'), ('balance_power', 'balance')):
         if settings.get(key):
             parts.append(f'{name} {settings[key]}')
     return ', '.join(parts) or '-'
@@ -216,6 +216,10 @@ def _augmentation(settings: dict[str, Any]) -> str:
 
 def _loss(settings: dict[str, Any]) -> str:
     parts = ['BCE' if settings.get('bce_loss') else 'CE']
+    if settings.get('label_votes'):
+        parts[0] += ' of drawn labels'
+    if settings.get('logit_adjustment'):
+        parts[0] += f" adjusted {settings['logit_adjustment']:g}"
     if settings.get('smoothing'):
         parts[0] += f" smoothed {settings['smoothing']:g}"
     if settings.get('cosine_harmony'):

@@ -19,9 +19,9 @@ class PhotoLook:
     """Random resolution, tilt and shift, blur, gamma and JPEG compression, for pictures before timm's own augmentation.
 
     Each takes place with probability `p`, independently of the others, by torch's global generator. Tilt (up to 10
-    degrees) and shift (up to 6 % of each side) continue the picture's border; the resolution falls to between 24 pixels
-    and the picture's own shorter side and is brought up again; blur has a standard deviation of up to 2 % of the shorter
-    side, gamma lies in [0.5, 2], and JPEG quality in [30, 95].
+    degrees) and shift (up to 6 % of each side) continue the picture's border. The shorter side falls to between 24
+    pixels and its own length, and is brought up again. Blur has a standard deviation of up to 2 % of the shorter side,
+    gamma lies in [0.5, 2], JPEG quality in [30, 95].
 
     Args:
         p: Probability of each change, in [0, 1].

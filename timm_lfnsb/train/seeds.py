@@ -5,7 +5,6 @@ another order of images and other augmentations than the run it continues.
 """
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -68,25 +67,3 @@ def seed_epoch(loader: Any, seed: int, epoch: int, rank: int = 0) -> None:
     loader.generator = torch.Generator().manual_seed(mix_seed(seed, epoch, rank, 0))
     if isinstance(loader.batch_sampler.sampler, RandomSampler):  # those of distributed runs go by the epoch already
         loader.batch_sampler.sampler.generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
-
-
-def batch_files(loader: Any, batch: int) -> list[str]:
-    """File names of the images of a batch, by drawing the epoch's order again.
-
-    Args:
-        loader: timm's training loader, after `seed_epoch`.
-        batch: Number of the batch in the epoch.
-
-    Returns:
-        The names relative to the data folder; none where the order was not seeded, or images have no names.
-    """
-    loader = getattr(loader, 'loader', loader)
-    try:
-        sampler = loader.batch_sampler.sampler
-        if isinstance(sampler, RandomSampler):
-            sampler.generator.manual_seed(sampler.generator.initial_seed())
-        indices = next(islice(iter(loader.batch_sampler), batch, None))
-        # With --train-img-sizes an index is a pair with the number of the size.
-        return [loader.dataset.filename(index[0] if isinstance(index, tuple) else index) for index in indices]
-    except (AttributeError, NotImplementedError, StopIteration, TypeError):
-        return []

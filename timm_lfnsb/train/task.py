@@ -121,12 +121,17 @@ class CosineHarmonyTask(ClassificationTask):
             model.num_classes, model.num_features, alpha=alpha, variant=variant, learn_centers=learn_centers)
         self.trainable_module = CosineHarmonyModule(model, loss.to(self.device))
 
+    @property
+    def centers(self) -> torch.Tensor:
+        """Class centers (C, D) of the loss."""
+        return unwrap_model(self.trainable_module).loss.centers
+
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'CosineHarmonyTask':
         # timm's script names the device even on the CPU, which DDP refuses.
         if self.device.type == 'cpu':
             device_ids = None
         # Ranks draw with seeds of their own, and DDP may be told to leave buffers (fixed centers) alone.
-        torch.distributed.broadcast(unwrap_model(self.trainable_module).loss.centers.data, src=0)
+        torch.distributed.broadcast(self.centers.data, src=0)
         super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
         return self
 

@@ -57,7 +57,8 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
             strange = [field for field, name in columns.items() if name not in known]
             if strange:
                 raise ValueError(
-                    f"has columns that are no label of this run: {', '.join(strange)} (labels: {', '.join(label_names)})")
+                    f"has columns that are no label of this run: {', '.join(strange)} (its labels: "
+                    f"{', '.join(label_names)})")
             fields = [next(field for field, column in columns.items() if column == name) for name in names]
             for row in rows:
                 name = PurePath(row[FILE_COLUMN] or '').name
@@ -75,7 +76,8 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     return votes
 
 
-def match_votes(votes: Mapping[str, np.ndarray], files: Sequence[str], targets: Sequence[int], num_classes: int) -> np.ndarray:
+def match_votes(
+        votes: Mapping[str, np.ndarray], files: Sequence[str], targets: Sequence[int], num_classes: int) -> np.ndarray:
     """Probability of each label for each image of a training set.
 
     Args:
@@ -99,14 +101,14 @@ def match_votes(votes: Mapping[str, np.ndarray], files: Sequence[str], targets: 
     voted = np.array([i for i, name in enumerate(names) if name in votes and votes[name].sum() > 0], dtype=int)
     if 2 * len(voted) < len(names):
         raise ValueError(
-            f'it has votes for {len(voted)} of {len(names)} images ({names[0]}, ...; it lists {next(iter(votes), "none")}, '
-            '...): it belongs to other images.')
+            f'it has votes for {len(voted)} of {len(names)} images ({names[0]}, ...; it lists '
+            f'{next(iter(votes), "none")}, ...): it belongs to other images.')
     counts = np.stack([votes[names[i]] for i in voted])
     probabilities[voted] = counts / counts.sum(axis=1, keepdims=True)
     agree = (counts[np.arange(len(voted)), np.asarray(targets)[voted]] == counts.max(axis=1)).mean()
     if agree < 0.5:
-        raise ValueError(f"only {agree:.0%} of the images lie in the folder that most votes are for: the labels' names or "
-                         'the images are mixed up.')
+        raise ValueError(f"only {agree:.0%} of the images lie in the folder that most votes are for: the labels' names "
+                         'or the images are mixed up.')
     return probabilities
 
 
@@ -173,7 +175,8 @@ class VotedDataset(DatasetWrapper):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the labels of an epoch; timm's train script calls this before each."""
-        digests = (hashlib.blake2b(f'{self.seed} {epoch} {name}'.encode(), digest_size=8).digest() for name in self.names)
+        digests = (
+            hashlib.blake2b(f'{self.seed} {epoch} {name}'.encode(), digest_size=8).digest() for name in self.names)
         uniform = np.frombuffer(b''.join(digests), dtype='<u8') / 2.0 ** 64
         drawn = (self.probabilities.cumsum(axis=1) <= uniform[:, None]).sum(axis=1)
         # Rounding may leave the last sum below 1: take the last label that has votes at all.

@@ -5,6 +5,12 @@ import torch
 import torch.nn as nn
 
 
+def prior_logits(counts: torch.Tensor, tau: float) -> torch.Tensor:
+    """tau log(prior) of each class (C,), of the images (C,) that training has of it; 0 counts as 1."""
+    prior = counts.double().clamp(min=1)
+    return (tau * (prior / prior.sum()).log()).float()
+
+
 class LogitAdjustment(nn.Module):
     """A classification loss of logits + tau log(prior): Menon et al. 2021, arXiv 2007.07314, equation (10).
 
@@ -13,19 +19,16 @@ class LogitAdjustment(nn.Module):
 
     Args:
         criterion: Loss of logits (N, C) and targets.
-        counts: Images of each class (C,) in training; 0 counts as 1.
-        tau: Strength; 0 changes nothing.
+        adjustment: What is added to the logits (C,), see `prior_logits`.
     """
 
     adjustment: torch.Tensor
 
-    def __init__(self, criterion: nn.Module, counts: torch.Tensor, tau: float):
+    def __init__(self, criterion: nn.Module, adjustment: torch.Tensor):
         super().__init__()
         self.criterion = criterion
-        prior = counts.double().clamp(min=1)
-        adjustment = tau * (prior / prior.sum()).log()
-        self.register_buffer('adjustment', adjustment.float(), persistent=False)
+        self.register_buffer('adjustment', adjustment, persistent=False)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss (scalar) of logits (N, C) and targets (N,) or (N, C)."""
+        """Loss (scalar) of logits (N, C) and targets, (N,) or (N, C)."""
         return self.criterion(logits.float() + self.adjustment, target)

@@ -1,0 +1,163 @@
+"""Labels drawn from votes: the file, the draw, the dataset in worker processes, the launcher."""
+from __future__ import annotations
+
+import csv
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_dataset, create_loader
+from train.test_launch import STANDIN, one_sentence, run_forked, standin
+
+from timm_lfnsb.train.balance import BalancedDataset
+from timm_lfnsb.train.seeds import SeededDataset
+from timm_lfnsb.train.votes import VotedDataset, match_votes, read_votes
+
+LABELS = ('neutral', 'happiness', 'sadness', 'anger')
+
+
+def write(path: Path, rows: list[dict], columns: list[str] | None = None) -> Path:
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope='module')
+def votes_file(face_folder, tmp_path_factory) -> Path:
+    """Eight votes for the folder's label, two for neutral; one image has none, votes for unknown are left out."""
+    rows = []
+    for path in sorted(face_folder.glob('*/*/*.png')):
+        label = path.parent.name
+        row = dict.fromkeys(LABELS, 0) | {'file': path.name, 'split': path.parts[-3], 'unknown': 3, 'not_a_face': 0}
+        row[label] += 8
+        row['neutral'] += 2
+        rows.append(row)
+    unique = {row['file']: row for row in rows}
+    unique['anger0.png'] |= dict.fromkeys(LABELS, 0)
+    return write(tmp_path_factory.mktemp('votes') / 'votes.csv', list(unique.values()))
+
+
+def voted(face_folder: Path, votes_file: Path, seed: int = 0) -> VotedDataset:
+    dataset = create_dataset(
+        '', root=str(face_folder), split='train', is_training=True, class_map=str(face_folder / 'class_map.txt'))
+    return VotedDataset(dataset, votes_file, LABELS, seed)
+
+
+def labels(dataset) -> dict[str, int]:
+    return {Path(str(file)).name: target for file, target in dataset.reader.samples}
+
+
+def test_the_file_is_matched_by_name(tmp_path):
+    row = {'Happy': 3, 'file': 'x/a.png', 'neutral': 1, 'anger': 0, 'sad': 2, 'contempt': 9, 'NF': 4}
+    votes = read_votes(write(tmp_path / 'votes.csv', [row]), LABELS)
+    assert votes['a.png'].tolist() == [1, 3, 2, 0]  # contempt is no label of the run, NF no expression
+
+
+@pytest.mark.parametrize('text, words', [
+    ('neutral,happiness\n', "no column 'file'"),
+    ('file,neutral,happiness,sadness\n', 'no column for anger'),
+    ('file,neutral,happiness,sadness,anger,boredom\n', 'boredom'),
+    ('file,neutral,happiness,sadness,anger\na.png,1,x,0,0\n', 'line 2'),
+    ('file,neutral,happiness,sadness,anger\na.png,1,-1,0,0\n', 'line 2'),
+    ('file,neutral,happiness,sadness,anger\na.png,1\n', 'line 2'),
+    ('file,neutral,happiness,sadness,anger\na.png,1,0,0,0\na.png,1,0,0,0\n', 'twice'),
+])
+def test_a_file_that_cannot_be_understood_is_refused(text, words, tmp_path):
+    (tmp_path / 'votes.csv').write_text(text)
+    with pytest.raises(ValueError, match='votes.csv') as error:
+        read_votes(tmp_path / 'votes.csv', LABELS)
+    assert words in str(error.value)
+
+
+def test_votes_of_other_images_or_labels_are_refused():
+    votes = {f'{i}.png': np.eye(2)[i % 2] * 10 for i in range(10)}
+    files, targets = [f'a/{i}.png' for i in range(10)], [i % 2 for i in range(10)]
+    assert match_votes(votes, files, targets, 2).tolist() == np.eye(2)[targets].tolist()
+    with pytest.raises(ValueError, match='other images'):
+        match_votes(votes, [f'b{i}.png' for i in range(10)], targets, 2)
+    with pytest.raises(ValueError, match='mixed up'):
+        match_votes(votes, files, [1 - target for target in targets], 2)
+    with pytest.raises(ValueError, match='two images are called'):
+        match_votes(votes, ['a/0.png', 'b/0.png'], [0, 0], 2)
+
+
+def test_labels_are_drawn_in_proportion_to_the_votes(face_folder, votes_file):
+    dataset = voted(face_folder, votes_file)
+    drawn = []
+    for epoch in range(400):
+        dataset.set_epoch(epoch)
+        drawn.append(labels(dataset))
+    happy = np.mean([epoch['happiness3.png'] == 1 for epoch in drawn])
+    assert happy == pytest.approx(0.8, abs=0.06)
+    assert {epoch['happiness3.png'] for epoch in drawn} == {0, 1}  # and never what nobody said
+    assert {epoch['anger0.png'] for epoch in drawn} == {3}  # without votes the folder's
+    assert {epoch['neutral1.png'] for epoch in drawn} == {0}
+
+
+def test_the_draw_is_a_function_of_seed_epoch_and_name(face_folder, votes_file):
+    first, again, other = (voted(face_folder, votes_file, seed) for seed in (3, 3, 4))
+    first.set_epoch(7)
+    again.set_epoch(2)
+    again.set_epoch(7)
+    other.set_epoch(7)
+    assert labels(first) == labels(again) != labels(other)
+    again.set_epoch(8)
+    assert labels(first) != labels(again)
+
+
+def test_workers_that_live_on_see_each_epochs_labels(face_folder, votes_file):
+    dataset = SeededDataset(voted(face_folder, votes_file), 0)
+    loader = create_loader(dataset, (3, 32, 32), 6, is_training=True, no_aug=True, num_workers=1,
+                           device=torch.device('cpu'), persistent_workers=True)
+    seen = []
+    for epoch in (0, 1, 2):
+        dataset.set_epoch(epoch)
+        seen.append(sorted(target for _, targets in loader for target in targets.tolist()))
+        assert seen[-1] == sorted(labels(dataset).values())
+    assert len({tuple(epoch) for epoch in seen}) > 1
+    assert len(pickle.loads(pickle.dumps(dataset))) == 24  # for workers that are spawned
+
+
+def test_balance_goes_by_the_labels_of_the_epoch(face_folder, votes_file):
+    dataset = BalancedDataset(voted(face_folder, votes_file), 1.)
+    counts = torch.zeros(4)
+    for epoch in range(100):
+        dataset.set_epoch(epoch)
+        targets = torch.tensor([target for _, target in dataset.reader.samples])
+        counts += targets[dataset.indices].bincount(minlength=4)
+    assert (counts / counts.sum()).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def test_the_launcher_draws_labels(face_folder, votes_file, tmp_path):
+    flags = ['--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', '--label-votes', votes_file]
+    first, again, other = (standin(tmp_path, *flags, '--seed', seed) for seed in ('1', '1', '2'))
+    assert first['epochs'] == again['epochs'] != other['epochs'] and first['epochs'][0] != first['epochs'][1]
+    assert first['args']['label_votes'] == str(votes_file)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--label-votes', 'none.csv'], ['none.csv is not a file', 'prepare ferplus']),
+    (['--label-votes', __file__], ['--label-votes', "no column 'file'"]),
+    (['--label-votes', __file__, '--aug-splits', '3'], ['--label-votes cannot be combined', '--aug-splits']),
+    (['--logit-adjustment', '-1'], ['--logit-adjustment', 'negative']),
+    (['--photo-look', '2'], ['--photo-look', '[0, 1]']),
+])
+def test_what_cannot_work_is_refused(flags, words, face_folder, tmp_path):
+    data = ['--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt']
+    one_sentence(run_forked(STANDIN, '--output', tmp_path, *data, *flags), *words)
+
+
+@pytest.mark.parametrize('flags', [[], ['--cosine-harmony', '1']])
+def test_the_launcher_adjusts_logits_by_labels_or_votes(flags, face_folder, votes_file, tmp_path):
+    data = ['--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', *flags]
+    name = 'cosine_harmony_loss'
+    plain = standin(tmp_path, *data)['parts']
+    equal = standin(tmp_path, *data, '--logit-adjustment', '1')['parts']
+    assert equal['loss'] == pytest.approx(plain['loss'])  # the folders are of one size
+    voted = standin(tmp_path, *data, '--logit-adjustment', '1', '--label-votes', votes_file)['parts']
+    assert voted['loss'] != pytest.approx(plain['loss'], abs=1e-3)
+    assert voted.get(name) == pytest.approx(plain.get(name))

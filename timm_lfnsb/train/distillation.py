@@ -1,0 +1,173 @@
+"""Distillation from one teacher or several, alone or together with the Cosine-Harmony loss."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import DistillationTeacher
+
+from ..errors import UserError
+from ..labels import canonical_name, model_label_names
+from ..models.loading import load_model
+from .task import CosineHarmonyTask
+
+
+class TeacherEnsemble(DistillationTeacher):
+    """Teachers whose probabilities are averaged, each at its own input size, mean and std.
+
+    timm's tasks take it as one teacher.
+
+    Args:
+        teachers: Networks in eval mode with their weights and `label_names`.
+        label_names: The run's label names; each teacher's outputs are put into this order by name.
+        adjustment: Logits (C,) to take off the teachers' answer, as `LogitAdjustment` adds them in the student's loss.
+        device: Where the teachers run.
+        dtype: Their type, None for float32.
+
+    Raises:
+        UserError: When a teacher has no label names, or others than the run.
+    """
+
+    def __init__(
+            self,
+            teachers: Sequence[nn.Module],
+            label_names: Sequence[str],
+            adjustment: torch.Tensor | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.training = False
+        self.orders = [output_order(teacher, label_names) for teacher in teachers]
+        self.sizes = [tuple(teacher.pretrained_cfg['input_size'][-2:]) for teacher in teachers]
+        self.teachers = nn.ModuleList(
+            DistillationTeacher(teacher.to(device=device, dtype=dtype), device=device, dtype=dtype)
+            for teacher in teachers).requires_grad_(False)
+        self.register_buffer(
+            'adjustment', None if adjustment is None else adjustment.to(device), persistent=False)
+
+    def train(self, mode: bool = True) -> TeacherEnsemble:
+        return super().train(False)  # a teacher does not learn
+
+    def compile(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:  # type: ignore[override]  # as in timm
+        for teacher in self.teachers:
+            teacher.compile(*args, **kwargs)
+        return self
+
+    def normalize_input(self, input: torch.Tensor, student_mean: Any = None, student_std: Any = None) -> torch.Tensor:
+        """Undo the student's normalisation; each teacher's own is applied in `forward`."""
+        return input if student_mean is None else input * student_std + student_mean
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        """Logits (B, C) in the run's order, of images (B, 3, H, W) with values in [0, 1]."""
+        if return_features:
+            raise ValueError('several teachers have no common features: take --kd-distill-type logit.')
+        answers = []
+        for teacher, size, order in zip(self.teachers, self.sizes, self.orders, strict=True):
+            images = input
+            if images.shape[-2:] != size:
+                images = F.interpolate(images, size, mode='bilinear', antialias=images.shape[-1] > size[-1])
+            logits = teacher((images - teacher.mean_kd) / teacher.std_kd)
+            answers.append(logits[:, order].float().softmax(dim=-1))
+        logits = torch.stack(answers).mean(dim=0).clamp_min(1e-12).log()
+        return logits if self.adjustment is None else logits - self.adjustment
+
+
+def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
+    """Number of the teacher's output for each of the run's labels.
+
+    Raises:
+        UserError: When its labels are others.
+    """
+    try:
+        names = [canonical_name(name) for name in model_label_names(teacher)]
+    except ValueError as error:
+        raise UserError(f'--kd-model-name: {error}') from None
+    wanted = [canonical_name(name) for name in label_names]
+    if sorted(names) != sorted(wanted):
+        raise UserError(
+            f"--kd-model-name: the teacher's labels ({', '.join(names)}) are not those of the run "
+            f"({', '.join(wanted)}): take a teacher that was trained on the same classes.")
+    return [names.index(name) for name in wanted]
+
+
+def load_teachers(names: str, in_chans: int, *args: Any, **kwargs: Any) -> TeacherEnsemble:
+    """The teachers that --kd-model-name lists.
+
+    Args:
+        names: Names as `load_model` takes them, separated by commas.
+        in_chans: Channels of the student's input.
+        *args: Further arguments of `TeacherEnsemble`.
+        **kwargs: Likewise.
+
+    Raises:
+        UserError: When one cannot be loaded, or does not fit the run.
+    """
+    teachers = [load_model(name.strip(), inference=True) for name in names.split(',')]
+    for name, teacher in zip(names.split(','), teachers, strict=True):
+        if teacher.pretrained_cfg['input_size'][0] != in_chans:
+            raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
+    return TeacherEnsemble(teachers, *args, **kwargs)
+
+
+class CosineHarmonyDistillationTask(CosineHarmonyTask):
+    """timm's `LogitDistillationTask` with the Cosine-Harmony loss beside it.
+
+    Loss = task weight * criterion + distillation weight * KL divergence from the teacher + weight * Cosine-Harmony.
+    Checkpoints, EMA and DDP hold the student and the centers alone.
+
+    Args:
+        student_model: The timm model to train.
+        teacher_model: Teacher(s), see `TeacherEnsemble`; any `timm.task.DistillationTeacher` will do.
+        criterion: Classification loss.
+        loss_type: 'kl'.
+        distill_loss_weight: See timm: default 1, or 1 - `task_loss_weight` where that alone is given.
+        task_loss_weight: Default 1.
+        temperature: Softens both answers.
+        **kwargs: Arguments of `CosineHarmonyTask`.
+
+    The forward returns `kd_loss` as well.
+    """
+
+    def __init__(
+            self,
+            student_model: Any,
+            teacher_model: DistillationTeacher,
+            criterion: nn.Module | None = None,
+            *,
+            loss_type: str = 'kl',
+            distill_loss_weight: float | None = None,
+            task_loss_weight: float | None = None,
+            temperature: float = 1.0,
+            **kwargs: Any,
+    ):
+        super().__init__(student_model, criterion, **kwargs)
+        if loss_type != 'kl':
+            raise ValueError(f"the distillation loss must be 'kl', not {loss_type!r}.")
+        self.teacher = teacher_model
+        self.task_loss_weight = 1.0 if task_loss_weight is None else task_loss_weight
+        if distill_loss_weight is None:
+            distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
+        self.distill_loss_weight = distill_loss_weight
+        self.temperature = temperature
+        for name in ('mean', 'std'):
+            value = torch.tensor(student_model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
+            self.register_buffer(f'student_{name}', value, persistent=False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        self.teacher.compile(*args, **kwargs)
+        return super().compile(*args, **kwargs)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        result = super().forward(input, target)
+        with torch.no_grad():
+            answer = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        student = (result['output'].float() / self.temperature).log_softmax(dim=-1)
+        teacher = (answer.float() / self.temperature).log_softmax(dim=-1)
+        kd_loss = F.kl_div(student, teacher, reduction='batchmean', log_target=True) * self.temperature ** 2
+        harmony = self.weight * result['cosine_harmony_loss']
+        loss = self.task_loss_weight * result['task_loss'] + self.distill_loss_weight * kd_loss + harmony
+        return {**result, 'loss': loss, 'kd_loss': kd_loss}

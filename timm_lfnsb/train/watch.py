@@ -1,0 +1,59 @@
+"""Stop a run whose loss is no number any more."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+
+
+@contextmanager
+def watch_loss(task: torch.nn.Module, loader: Any, epoch: int, options: argparse.Namespace) -> Iterator[None]:
+    """Stop an epoch whose loss is not finite, and say at which batch.
+
+    A loss is looked at when the next batch comes, or the epoch ends. By then timm's script has fetched it from the
+    device for its own log, so that this makes the device wait at no other point. The weights of that one step are not
+    finite either, and `SafeSaver` does not write them.
+
+    Args:
+        task: A task of timm, called once a batch.
+        loader: The training loader.
+        epoch: Its epoch.
+        options: The run's settings.
+
+    Raises:
+        UserError: With epoch, batch, and what to try.
+    """
+    batch, finite = -1, None
+
+    def record(module: Any, inputs: Any, result: dict[str, torch.Tensor]) -> None:
+        nonlocal batch, finite
+        batch += 1
+        finite = result['loss'].detach().isfinite().all()
+
+    def check(*_: Any) -> None:
+        nonlocal finite
+        last, finite = finite, None
+        if last is None or last:
+            return
+        advice = ['a lower --lr']
+        if not getattr(options, 'clip_grad', None):
+            advice.append('--clip-grad 1')
+        if getattr(options, 'amp', False) and getattr(options, 'amp_dtype', '') == 'float16':
+            advice.append('--amp-dtype bfloat16')
+        raise UserError(
+            f'the loss is not finite in epoch {epoch}, batch {batch} of {len(loader)} (counted from 0): nothing of '
+            "this epoch is saved, so go on with --resume from the run's last checkpoint, if it has one, and try "
+            f"{', '.join(advice)}.")
+
+    hooks = task.register_forward_pre_hook(check), task.register_forward_hook(record)
+    try:
+        yield
+        check()
+    finally:
+        for hook in hooks:
+            hook.remove()
