@@ -1,6 +1,7 @@
 """The `timm-lfnsb` command: its subcommands are the modules of `commands`."""
 from __future__ import annotations
 
+import errno
 import pkgutil
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,7 @@ from .version import __version__
 
 
 class CommandFolder(click.Group):
-    """A group whose commands are imported when they are asked for."""
+    """A group whose commands are imported when they are asked for; their errors end as one sentence, exit code 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
@@ -28,6 +29,10 @@ class CommandFolder(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends quietly where nobody reads on
+                raise
+            raise click.ClickException(' '.join(str(error).split())) from None
 
 
 @click.command(cls=CommandFolder, context_settings=dict(help_option_names=['-h', '--help']))

@@ -1,8 +1,6 @@
 """`timm-lfnsb recipe`."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 
@@ -20,23 +18,17 @@ def list_recipes() -> None:
         click.echo(f'{name:<{max(map(len, names))}}  {recipe_summary(name)}')
 
 
-def _recipe_path(name: str) -> Path:
-    from ..recipes import recipe_path
-    try:
-        return recipe_path(name)
-    except KeyError as error:
-        raise click.ClickException(error.args[0]) from None
-
-
 @recipe.command()
 @click.argument('name')
 def show(name: str) -> None:
     """Print the recipe NAME with its explanations."""
-    click.echo(_recipe_path(name).read_text(encoding='utf-8'), nl=False)
+    from ..recipes import recipe_path
+    click.echo(recipe_path(name).read_text(encoding='utf-8'), nl=False)
 
 
 @recipe.command('path')
 @click.argument('name')
 def print_recipe_path(name: str) -> None:
     """Print where the file of the recipe NAME is, to copy and change it."""
-    click.echo(_recipe_path(name))
+    from ..recipes import recipe_path
+    click.echo(recipe_path(name))

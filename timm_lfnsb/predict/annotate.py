@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..util.files import replacing
-from .faces import ImageInput, read_image
+from .images import ImageInput, read_image
 
 if TYPE_CHECKING:
     from .recognizer import Face
@@ -30,42 +29,42 @@ def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
     Args:
         image: Whatever `read_image` takes.
         faces: What `ExpressionRecognizer` returned for it.
-
-    Returns:
-        RGB picture, wider than the image by the panel.
-
-    Raises:
-        ImageError: When the image cannot be read.
     """
     picture = Image.fromarray(read_image(image))
     zoom = math.ceil(MIN_SIDE / max(picture.size))
-    if zoom > 1:
-        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
 
     # Readable at the size of the screen; smaller where many faces would make the panel too wide.
+    names = [name for face in faces for name in face.probabilities]
     rows = 2 + max((len(face.probabilities) for face in faces), default=0)
-    font_size = max(MIN_FONT, min(picture.size) // 36)
-    while font_size > MIN_FONT and _columns(len(faces), rows, font_size, picture.height) > MAX_COLUMNS:
-        font_size -= 1
+    for font_size in range(max(MIN_FONT, min(picture.size) // 36), MIN_FONT - 1, -1):
+        line = round(1.4 * font_size)
+        columns = math.ceil(len(faces) / max(1, picture.height // (rows * line)))
+        if columns <= MAX_COLUMNS:
+            break
+    blocks = math.ceil(len(faces) / max(1, columns))
     font = ImageFont.load_default(size=font_size)
-    line = _line(font_size)
-    columns = _columns(len(faces), rows, font_size, picture.height)
-    blocks = math.ceil(len(faces) / columns) if faces else 0
+
+    def width_of(*texts: str) -> int:
+        return max((math.ceil(font.getlength(text)) for text in texts), default=0)
 
     titles = [f'{number}  {face.label}' for number, face in enumerate(faces, 1)]
-    names = [name for face in faces for name in face.probabilities]
-    name_width = max((_width(font, name) for name in names), default=0)
-    title_width = max((_width(font, title) for title in titles), default=0)
-    bar_width, value_width, gap = 6 * font_size, _width(font, '0.00'), font_size // 2
-    column_width = max(name_width + bar_width + value_width + 2 * gap, title_width + 2 * gap) + 2 * gap
+    gap, bar_width, name_width = font_size // 2, 6 * font_size, width_of(*names)
+    block_width = max(name_width + bar_width + width_of('0.00') + 2 * gap, width_of(*titles) + 2 * gap)
 
     # A band above the picture keeps the label of a box at the upper border out of the face.
     canvas = Image.new('RGB', (
-        picture.width + (columns * column_width if faces else 0),
+        picture.width + columns * (block_width + 2 * gap),
         line + max(picture.height, blocks * rows * line),
     ), 'white')
     canvas.paste(picture, (0, line))
     draw = ImageDraw.Draw(canvas)
+
+    def bar(left: float, top: float, width: float, height: float, color: str, text: str = '', indent: int = 0) -> None:
+        """A filled rectangle with white text in it."""
+        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=color)
+        draw.text((left + indent, top + height / 2), text, font=font, fill='white', anchor='lm')
+
     thick = max(2, font_size // 8)
     for i, (face, title) in enumerate(zip(faces, titles, strict=True)):
         color = COLORS[i % len(COLORS)]
@@ -73,37 +72,26 @@ def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
         y += line
         draw.rectangle((x, y, x + width - 1, y + height - 1), outline='white', width=thick + 2)
         draw.rectangle((x + 1, y + 1, x + width - 2, y + height - 2), outline=color, width=thick)
-        tag = title if _width(font, title) + gap <= max(width, 6 * font_size) else str(i + 1)
-        tag_width = _width(font, tag) + gap
-        tag_x = max(0, min(x, picture.width - tag_width))
-        draw.rectangle((tag_x, y - line, tag_x + tag_width - 1, y - 1), fill=color)
-        draw.text((tag_x + gap // 2, y - line / 2), tag, font=font, fill='white', anchor='lm')
+        tag = title if width_of(title) + gap <= max(width, 6 * font_size) else str(i + 1)
+        tag_width = width_of(tag) + gap
+        bar(max(0, min(x, picture.width - tag_width)), y - line, tag_width, line, color, tag, gap // 2)
 
-        left = picture.width + (i // blocks) * column_width + gap
+        left = picture.width + (i // blocks) * (block_width + 2 * gap) + gap
         top = line + (i % blocks) * rows * line
-        draw.rectangle((left, top, left + column_width - 2 * gap, top + line - 1), fill=color)
-        draw.text((left + gap, top + line / 2), title, font=font, fill='white', anchor='lm')
+        bar(left, top, block_width, line, color, title, gap)
         for row, (name, value) in enumerate(face.probabilities.items(), 1):
             middle = top + (row + 0.5) * line
-            bar = left + name_width + gap
+            bars = left + name_width + gap
             draw.text((left, middle), name, font=font, fill='black', anchor='lm')
-            draw.rectangle((bar, middle - line * 0.3, bar + bar_width, middle + line * 0.3), fill='#e8e8e8')
+            bar(bars, middle - line * 0.3, bar_width + 1, line * 0.6 + 1, '#e8e8e8')
             if round(value * bar_width) > 0:
-                draw.rectangle((bar, middle - line * 0.3, bar + value * bar_width, middle + line * 0.3), fill=color)
-            draw.text((bar + bar_width + gap, middle), f'{value:.2f}', font=font, fill='black', anchor='lm')
+                bar(bars, middle - line * 0.3, value * bar_width + 1, line * 0.6 + 1, color)
+            draw.text((bars + bar_width + gap, middle), f'{value:.2f}', font=font, fill='black', anchor='lm')
     return canvas
 
 
 def annotation_paths(images: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]:
-    """Choose the file each annotated picture is written to: a PNG of the image's name, numbered where it is taken.
-
-    Args:
-        images: Path and relative path of each image, from `find_images`.
-        folder: Where the pictures go; subfolders are kept.
-
-    Returns:
-        As many different paths, none of which is one of the images.
-    """
+    """Choose a PNG below `folder` for each image of `find_images`, numbered where the name is taken or an image."""
     def key(path: Path) -> str:
         return str(path.resolve()).lower()  # many file systems do not tell cases apart
 
@@ -118,28 +106,3 @@ def annotation_paths(images: Sequence[tuple[Path, Path]], folder: Path) -> list[
         taken.add(key(target))
         targets.append(target)
     return targets
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that appears under its name only when it is complete.
-
-    Raises:
-        OSError: When it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        picture.save(temporary, 'PNG')
-
-
-def _line(font_size: int) -> int:
-    return round(1.4 * font_size)
-
-
-def _columns(faces: int, rows: int, font_size: int, height: int) -> int:
-    """Columns of the panel, each as many blocks of `rows` lines as fit beside the picture, but at least one."""
-    blocks = max(1, height // (rows * _line(font_size)))
-    return max(1, math.ceil(faces / blocks))
-
-
-def _width(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> int:
-    return math.ceil(font.getlength(text))

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import UserError
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes in this package."""
@@ -13,19 +15,15 @@ def recipe_path(name: str) -> Path:
     """Path of a recipe's file.
 
     Raises:
-        KeyError: When there is no such recipe; the message lists those there are.
+        UserError: When there is no such recipe; the message lists those there are.
     """
     if name not in recipe_names():
-        raise KeyError(f"no recipe {name!r}; there are {', '.join(recipe_names())}.")
+        raise UserError(f"no recipe {name!r}; there are {', '.join(recipe_names())}.")
     return Path(__file__).parent / f'{name}.yaml'
 
 
 def recipe_summary(name: str) -> str:
-    """First comment line of a recipe.
-
-    Raises:
-        KeyError: When there is no such recipe.
-    """
+    """First comment line of a recipe."""
     with recipe_path(name).open(encoding='utf-8') as file:
         return file.readline().lstrip('# ').rstrip()
 

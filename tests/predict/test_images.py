@@ -1,0 +1,135 @@
+"""Reading images of every kind, finding them in folders, the sample."""
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image
+
+from timm_lfnsb.errors import UserError
+from timm_lfnsb.predict.images import ImageError, find_images, read_image, sample_picture
+
+
+def test_path_pil_and_array_agree(tmp_path, gradient):
+    Image.fromarray(gradient).save(tmp_path / 'a.png')
+    for source in (tmp_path / 'a.png', str(tmp_path / 'a.png'), Image.fromarray(gradient), gradient):
+        np.testing.assert_array_equal(read_image(source), gradient)
+
+
+@pytest.mark.parametrize('orientation, stored', [
+    (3, lambda a: np.rot90(a, 2)), (6, np.rot90), (8, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1]),
+])
+def test_exif_orientation_is_applied(tmp_path, gradient, orientation, stored):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored(gradient))).save(tmp_path / 'a.png', exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / 'a.png'), gradient)
+    with Image.open(tmp_path / 'a.png') as image:
+        np.testing.assert_array_equal(read_image(image), gradient)
+
+
+def test_16_bit_is_scaled(tmp_path):
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    expected = np.repeat(np.array([[0, 1, 128, 255]], dtype=np.uint8)[..., None], 3, axis=2)
+    Image.fromarray(values).save(tmp_path / 'a.png')  # I;16
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / 'a.tif')  # I
+    for source in (values.astype('<u2'), values.astype('>u2'), tmp_path / 'a.png', tmp_path / 'a.tif',
+                   Image.fromarray(values.astype(np.int32))):
+        np.testing.assert_array_equal(read_image(source), expected)
+    with pytest.raises(ImageError, match='beyond 65535'):
+        read_image(Image.fromarray(np.array([[0, 65536]], dtype=np.int32)))
+
+
+def test_floats(tmp_path, gradient):
+    np.testing.assert_array_equal(read_image(gradient / 255), gradient)
+    np.testing.assert_array_equal(read_image((gradient / 255).astype(np.float32)), gradient)
+    Image.fromarray((gradient[:, :, 0] / 255).astype(np.float32)).save(tmp_path / 'f.tif')
+    np.testing.assert_array_equal(read_image(tmp_path / 'f.tif')[:, :, 2], gradient[:, :, 0])
+    for wrong in (gradient.astype(float), gradient / 255 - 0.1, np.full((2, 2), np.nan)):
+        with pytest.raises(ImageError, match=r'\[0, 1\]'):
+            read_image(wrong)
+
+
+def test_grey_palette_bilevel_and_cmyk(tmp_path, gradient):
+    grey = gradient[:, :, 0]
+    Image.fromarray(grey).save(tmp_path / 'l.png')
+    palette = Image.fromarray(gradient).quantize(48)
+    palette.save(tmp_path / 'p.gif')
+    for source, expected in (
+            (tmp_path / 'l.png', np.stack([grey] * 3, axis=2)), (grey, np.stack([grey] * 3, axis=2)),
+            (tmp_path / 'p.gif', np.asarray(palette.convert('RGB'))),
+            (Image.fromarray(grey > 60), np.stack([255 * (grey > 60)] * 3, axis=2)),
+    ):
+        np.testing.assert_array_equal(read_image(source), expected)
+    Image.new('CMYK', (16, 16), (0, 255, 255, 0)).save(tmp_path / 'c.jpg')  # full magenta and yellow: red
+    assert np.abs(read_image(tmp_path / 'c.jpg').astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    rgba = np.array([[(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 127)]], dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / 'rgba.png')
+    for source in (rgba, Image.fromarray(rgba), tmp_path / 'rgba.png', rgba.astype(np.uint16) * 257):
+        np.testing.assert_array_equal(read_image(source), [[(10, 20, 30), (255, 255, 255), (128, 128, 128)]])
+    la = Image.merge('LA', [Image.fromarray(rgba[:, :, 0]), Image.fromarray(rgba[:, :, 3])])
+    np.testing.assert_array_equal(read_image(la), [[(10,) * 3, (255,) * 3, (128,) * 3]])
+    palette = Image.new('P', (2, 1))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / 'p.png', transparency=1)
+    np.testing.assert_array_equal(read_image(tmp_path / 'p.png'), [[(200, 0, 0), (255, 255, 255)]])
+
+
+def test_unreadable_files(tmp_path, monkeypatch, portrait):
+    (tmp_path / 'empty.png').touch()
+    (tmp_path / 'text.jpg').write_bytes(b'not a picture')
+    for name, message in (('missing.png', 'no such file'), ('', 'cannot be read'), ('empty.png', 'not an image'),
+                          ('text.jpg', 'not an image')):
+        with pytest.raises(ImageError, match=message):
+            read_image(tmp_path / name)
+    for suffix in ('png', 'jpg', 'webp', 'tif'):
+        path = tmp_path / f'cut.{suffix}'
+        Image.fromarray(portrait).save(path)
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        with pytest.raises(ImageError, match=f'cut.{suffix}'):
+            read_image(path)
+    Image.fromarray(portrait).save(tmp_path / 'bomb.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(ImageError, match='decompression bomb'):
+        read_image(tmp_path / 'bomb.png')
+
+
+@pytest.mark.parametrize('array', [
+    np.zeros((0, 5), np.uint8), np.zeros(5, np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((1, 4, 4, 3), np.uint8),
+    np.zeros((4, 4), np.int64), np.zeros((4, 4), bool), np.zeros((4, 4), np.uint32),
+])
+def test_wrong_arrays(array):
+    with pytest.raises(ImageError, match='image array'):
+        read_image(array)
+    with pytest.raises(TypeError, match='not bytes'):
+        read_image(b'photo.jpg')  # type: ignore[arg-type]
+
+
+def test_find_images(tmp_path):
+    for name in ('b/2.JPG', 'b/1.png', 'a.tiff', 'notes.txt', '.hidden.png', 'out/a.png'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = find_images([tmp_path, tmp_path / 'notes.txt'], skip=tmp_path / 'out')
+    expected = ['a.tiff', 'b/1.png', 'b/2.JPG', 'notes.txt']
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in found] == expected
+    assert [relative.as_posix() for _, relative in found] == expected
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='has no images'):
+        find_images([tmp_path / 'empty'])
+
+
+def test_missing_sample_says_how_to_get_it(tmp_path, monkeypatch):
+    assert read_image(sample_picture()).shape == (512, 512, 3)
+    monkeypatch.setattr(skimage, '__file__', str(tmp_path / '__init__.py'))
+    with pytest.raises(UserError, match='pip install --force-reinstall --no-deps scikit-image'):
+        sample_picture()
+    monkeypatch.setitem(sys.modules, 'skimage', None)
+    with pytest.raises(UserError, match='pip install scikit-image'):
+        sample_picture()

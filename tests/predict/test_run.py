@@ -1,0 +1,139 @@
+"""The command `timm-lfnsb predict`."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+from click.testing import CliRunner
+from PIL import Image
+from timm.models import save_for_hf
+
+from timm_lfnsb.cli import main
+from timm_lfnsb.predict import run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, portrait):
+    """Two folders of a portrait each, and a landscape; the working directory, so that paths are short."""
+    monkeypatch.chdir(tmp_path)
+    for path in ('photos/ann.jpg', 'photos/trip/ann.png'):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.fromarray(portrait).save(path)
+    Image.new('L', (90, 60), 99).save('photos/sky.png')
+    return tmp_path
+
+
+def predict(*args) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    result = CliRunner().invoke(main, ['predict', *map(str, args)])
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_json_lines(folder):
+    code, out, err = predict('photos', 'photos/ann.jpg', '--json')
+    assert (code, err) == (0, '')
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result['image'] for result in results] == [
+        'photos/ann.jpg', 'photos/sky.png', 'photos/trip/ann.png', 'photos/ann.jpg']
+    assert results[0]['faces'][0]['box'] == results[3]['faces'][0]['box']
+    assert [len(result['faces']) for result in results] == [1, 0, 1, 1]
+    [face] = results[0]['faces']
+    assert list(face) == ['box', 'label', 'score', 'probabilities']
+    assert face['score'] == face['probabilities'][face['label']] == max(face['probabilities'].values())
+
+
+def test_table(folder):
+    long = 'a portrait whose name is long and has spaces, ünd Umlaute.png'
+    (folder / 'photos' / 'ann.jpg').rename(folder / 'photos' / long)
+    code, out, err = predict('photos')
+    assert (code, err) == (0, '')
+    head, *rows = out.splitlines()
+    assert head.split() == ['image', 'face', 'box', 'expression', 'score', 'runner-up']
+    assert [row[:head.index('face')].strip() for row in rows] == [
+        f'photos/{long}', 'photos/sky.png', 'photos/trip/ann.png']
+    column = head.index('box')
+    assert rows[1][column:] == 'no face found'
+    for row in (rows[0], rows[2]):
+        assert row[column - 2:column] == '  ' and row[column].isdigit()
+        label, runner_up = row[head.index('expression'):].split()[0], row[head.index('runner-up'):].split()
+        assert label == 'happiness' != runner_up[0] and 0 < float(runner_up[1]) < 0.5
+
+
+def test_lines_come_while_later_images_are_still_to_be_read(folder, monkeypatch):
+    (folder / 'photos' / 'ann.jpg').unlink()
+    lines = run.predict_lines([folder / 'photos'], as_json=True, batch_size=1)
+    assert 'sky.png' in next(lines)[0]
+    (folder / 'photos' / 'trip' / 'ann.png').write_bytes(b'')
+    assert [is_error for _, is_error in lines] == [True, False]
+
+
+def test_bad_images_are_reported_and_the_rest_goes_on(folder):
+    (folder / 'empty').mkdir()
+    (folder / 'photos' / 'bad.png').write_bytes(b'nothing')
+    content = (folder / 'photos' / 'ann.jpg').read_bytes()
+    (folder / 'photos' / 'cut.jpg').write_bytes(content[:len(content) // 2])
+    code, out, err = predict('photos', 'missing.png', 'empty', '--json', '--annotate', 'out', '--batch-size', 1)
+    assert code == 1
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer['image'] for answer in answers if 'faces' in answer] == [
+        'photos/ann.jpg', 'photos/sky.png', 'photos/trip/ann.png']
+    errors = [answer['error'] for answer in answers if 'faces' not in answer]
+    first, *lines = err.splitlines()
+    assert 'empty has no images' in first and lines == errors
+    assert [line.partition(':')[0] for line in lines] == ['photos/bad.png', 'photos/cut.jpg', 'missing.png']
+    assert 'truncated' in lines[1] and 'no such file' in lines[2]
+    assert sorted(path.name for path in (folder / 'out').iterdir()) == ['ann.png', 'sky.png', 'trip']
+
+
+def test_annotated_pictures(folder, portrait):
+    Image.fromarray(portrait).save('photos/ann.png')
+    for _ in range(2):  # again: the same names, and the pictures made before are no input
+        code, out, _ = predict('photos', '--annotate', 'photos/faces')
+        assert code == 0 and len(out.splitlines()) == 5
+        written = sorted(path.relative_to(folder) for path in (folder / 'photos' / 'faces').rglob('*.*'))
+        assert [path.as_posix() for path in written] == [
+            'photos/faces/ann-2.png', 'photos/faces/ann.png', 'photos/faces/sky.png', 'photos/faces/trip/ann.png']
+    with Image.open('photos/faces/trip/ann.png') as picture:
+        assert picture.width > 480 and picture.mode == 'RGB'
+
+
+def test_annotate_does_not_overwrite_inputs(folder):
+    before = (folder / 'photos' / 'trip' / 'ann.png').read_bytes()
+    code, _, err = predict('photos/trip', '--annotate', 'photos/trip')
+    assert code == 1 and '--annotate needs another folder' in err
+    assert predict('photos/trip/ann.png', '--annotate', 'photos/trip')[0] == 0
+    assert (folder / 'photos' / 'trip' / 'ann.png').read_bytes() == before
+    assert (folder / 'photos' / 'trip' / 'ann-2.png').exists()
+
+
+def test_whole_images_and_margin(folder):
+    code, out, _ = predict('photos/sky.png', '--detector', 'none', '--json')
+    assert code == 0 and json.loads(out)['faces'][0]['box'] == [0, 0, 90, 60]
+    tight, wide = (json.loads(predict('photos/ann.jpg', '--json', '--margin', margin)[1])['faces'][0]
+                   for margin in (-0.2, 0.3))
+    assert tight['box'] == wide['box'] and tight['probabilities'] != wide['probabilities']
+
+
+@pytest.mark.parametrize('code, args, message', [
+    (1, ['empty'], 'empty has no images'),
+    (1, ['photos', '--model', 'nonsense'], 'cannot load the model nonsense'),
+    (1, ['photos', '--model', 'lfnsb.rafdb'], 'lfnsb.rafdb has no trained weights'),
+    (1, ['photos', '--model', 'local-dir:empty'], 'cannot load the model local-dir:empty'),
+    (1, ['photos', '--model', 'local-dir:three'], 'label_names'),
+    (1, ['photos', '--model', 'missing.onnx'], 'there is no file missing.onnx'),
+    (1, ['photos', '--detector', 'none', '--margin', '0.1'], 'margin needs a detector'),
+    (1, ['photos', '--margin', '9'], 'margin must be'),
+    (1, ['photos', '--device', 'gpu'], "cannot use the device 'gpu'"),
+    (1, ['photos/sky.png', '--annotate', 'photos/ann.jpg/out'], 'Not a directory'),
+    (2, ['photos', '--annotate', 'photos/ann.jpg'], 'is a file'),
+    (2, [], '--sample'),
+])
+def test_errors_are_one_sentence(folder, code, args, message):
+    (folder / 'empty').mkdir()
+    if 'local-dir:three' in args:
+        save_for_hf(timm.create_model('test_resnet', num_classes=3), folder / 'three', safe_serialization=True)
+    found, _, err = predict(*args)
+    assert found == code and message in err
+    assert err.splitlines()[-1].startswith('Error: ') and (code == 2 or err.count('\n') == 1)

@@ -1,0 +1,123 @@
+"""Pictures as they come: paths, PIL images and arrays, read into uint8 RGB arrays (H, W, 3), upright."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import UserError
+
+ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+
+IMAGE_SUFFIXES = frozenset('.bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
+"""What counts as an image when a folder is searched."""
+
+
+class ImageError(UserError):
+    """An image that cannot be used."""
+
+
+def read_image(source: ImageInput) -> np.ndarray:
+    """Read an image into a uint8 array (H, W, 3), upright RGB.
+
+    The EXIF orientation is applied. 16-bit values are scaled down, never clipped. Transparent pixels are laid on
+    white. Of an animation the first frame is taken.
+
+    Args:
+        source: Path, PIL image of any mode that converts to RGB, or array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA
+            of uint8, uint16, or floats in [0, 1].
+
+    Raises:
+        ImageError: When the file is missing, damaged or too large for Pillow's decompression bomb limit, or an array
+            has another shape, type or range.
+        TypeError: When `source` is none of these.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        raise TypeError(f'an image is a path, a PIL image or a numpy array, not {type(source).__name__}.')
+    name = 'image' if isinstance(source, Image.Image) else os.fspath(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _from_pil(source)
+        with Image.open(source) as image:
+            return _from_pil(image)
+    except Exception as error:  # every decoder has its own, many only when the data are read
+        known = {FileNotFoundError: 'no such file', Image.UnidentifiedImageError: 'not an image, or damaged'}
+        reason = str(error).strip().partition('\n')[0].rstrip('.') or type(error).__name__
+        message = known.get(type(error), f'cannot be read as an image ({reason})')
+        raise ImageError(f'{name}: {message}.') from error
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == 'I':  # 32-bit integers, which hold 16-bit pictures in practice
+        array = np.asarray(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError('it has 32-bit values beyond 65535')
+        return _from_array(array.astype(np.uint16))
+    if image.mode == 'F' or image.mode.startswith('I;16'):
+        return _from_array(np.asarray(image))
+    return _from_array(np.asarray(image.convert('RGBA' if image.has_transparency_data else 'RGB')))
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(f'an image array has the shape (H, W), (H, W, 3) or (H, W, 4), not {array.shape}.')
+    if array.dtype.kind == 'f':
+        if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):  # NaN fails both
+            raise ImageError('an image array of floats must lie in [0, 1].')
+        array = np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+    elif array.dtype.kind == 'u' and array.dtype.itemsize == 2:
+        array = np.rint(array * np.float32(255 / 65535)).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ImageError(f'an image array is of uint8, uint16 or floats in [0, 1], not {array.dtype}.')
+    if array.ndim == 2:
+        return np.repeat(array[:, :, None], 3, axis=2)
+    if array.shape[2] == 4:
+        alpha = array[:, :, 3:] / np.float32(255)
+        return np.rint(array[:, :, :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(array)
+
+
+def find_images(inputs: Sequence[Path], skip: Path | None = None) -> list[tuple[Path, Path]]:
+    """List images with their paths relative to the folder they were found in, sorted (a file: its name).
+
+    Args:
+        inputs: Files, which are taken whatever their name, and folders, whose hidden files are left out.
+        skip: A folder to leave out of the search, such as one for results.
+
+    Raises:
+        UserError: When a folder holds no image.
+    """
+    skipped = skip and skip.resolve()
+    images: list[tuple[Path, Path]] = []
+    for path in inputs:
+        if not path.is_dir():
+            images.append((path, Path(path.name)))
+            continue
+        found = sorted(
+            file for file in path.rglob('*')
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.') and file.is_file()
+            and not (skipped and skipped in file.resolve().parents))
+        if not found:
+            raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
+        images += [(file, file.relative_to(path)) for file in found]
+    return images
+
+
+def sample_picture() -> Path:
+    """NASA's portrait of Eileen Collins in scikit-image; UserError where one of the two is missing."""
+    problem = 'the sample picture is missing, pip install {}scikit-image brings it.'
+    try:
+        import skimage
+    except ImportError:
+        raise UserError(problem.format('')) from None
+    path = Path(skimage.__file__).parent / 'data' / 'astronaut.png'
+    if not path.is_file():
+        raise UserError(problem.format('--force-reinstall --no-deps '))
+    return path
