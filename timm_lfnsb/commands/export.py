@@ -29,12 +29,7 @@ def export(
     """
     if batch != 'dynamic' and not (batch.isdecimal() and int(batch) >= 1):
         raise click.UsageError(f"--batch is a number from 1 on, or 'dynamic', not {batch!r}.")
-    from ..export.export import ExportError, export_model
+    from ..export.export import export_model
     from ..models.loading import load_model
-    network = load_model(model)
-    try:
-        report = export_model(
-            network, out, format_, None if batch == 'dynamic' else int(batch), precision, with_preprocess, calibrate)
-    except (ExportError, OSError) as error:
-        raise click.ClickException(' '.join(str(error).split())) from None
-    click.echo(str(report))
+    size = None if batch == 'dynamic' else int(batch)
+    click.echo(str(export_model(load_model(model), out, format_, size, precision, with_preprocess, calibrate)))
