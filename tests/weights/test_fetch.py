@@ -415,7 +415,7 @@ def test_recognizer_and_evaluate_and_predict_check(server, client, tmp_path):
     code = "from timm_lfnsb import ExpressionRecognizer; ExpressionRecognizer(name)"
     assert 'was not loaded' in refused(client, code, env=env, name=f'hf-hub:{REPO}')
     with pytest.raises(ClientError, match=r'UserError.*was not loaded'):
-        client.run('from timm_lfnsb.evaluate.predictions import load_model; load_model(name)', name=f'hf-hub:{REPO}')
+        client.run('from timm_lfnsb.models.loading import load_model; load_model(name)', name=f'hf-hub:{REPO}')
     code = """
 from click.testing import CliRunner
 from timm_lfnsb.cli import main

@@ -1,6 +1,8 @@
 """`timm-lfnsb evaluate`."""
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 
@@ -14,24 +16,11 @@ import click
 @click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
 @click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')
-def evaluate(
-        model: str, data_dir: str, split: str, out: str, compare: str | None, tta: str | None, batch_size: int,
-        device: str, workers: int,
-) -> None:
+def evaluate(model: str, data_dir: str, out: str, **options: Any) -> None:
     """Measure a model on a folder of labelled faces.
 
     Label folders are matched to the model's classes by name, in any order and with the usual synonyms. Writes
     metrics.json, predictions.csv, confusion.png and reliability.png, with --compare also compare.json.
     """
-    try:
-        from ..evaluate.predictions import EvaluationError, evaluate_folder, format_metrics
-    except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"evaluate needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
-    try:
-        report = evaluate_folder(
-            model, data_dir, out, split=split, compare=compare, tta=tta, batch_size=batch_size, device=device,
-            workers=workers)
-    except (EvaluationError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(format_metrics(*report))
+    from ..evaluate.report import evaluate_folder, format_metrics
+    click.echo(format_metrics(*evaluate_folder(model, data_dir, out, **options)))

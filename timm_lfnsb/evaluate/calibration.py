@@ -1,16 +1,25 @@
 """Temperature of a classifier: one number that makes its probabilities as sure as it is right."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
+from scipy.special import log_softmax
 
-from .predictions import EvaluationError, Predictions, compute_metrics
+from ..errors import UserError
+from .metrics import compute_metrics
+from .predictions import Predictions
 
 TEMPERATURES = (0.05, 100.)
 """Range a temperature is looked for in."""
+
+
+def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarray:
+    # float32 probabilities of very sure models reach 0.
+    smallest = np.finfo(np.float32).tiny
+    return log_softmax(np.log(np.maximum(predictions.probabilities.astype(np.float64), smallest)) / temperature, axis=1)
 
 
 def scale(predictions: Predictions, temperature: float) -> Predictions:
@@ -18,9 +27,7 @@ def scale(predictions: Predictions, temperature: float) -> Predictions:
 
     The softmax of log p / T is that of logits / T, for they differ by a constant.
     """
-    return Predictions(
-        predictions.files, predictions.labels, np.exp(_log_probabilities(predictions, temperature)),
-        predictions.label_names)
+    return replace(predictions, probabilities=np.exp(_log_probabilities(predictions, temperature)))
 
 
 def negative_log_likelihood(predictions: Predictions, temperature: float = 1.) -> float:
@@ -35,17 +42,16 @@ def fit_temperature(predictions: Predictions) -> float:
     Fit it on data that is not the test split's.
 
     Raises:
-        EvaluationError: When there is none between 0.05 and 100: the model is right about all of them, or as
-            good as guessing.
+        UserError: When there is none in `TEMPERATURES`: the model is right about all, or as good as guessing.
     """
+    low, high = TEMPERATURES
     # In 1 / T the likelihood has one minimum only.
     result = minimize_scalar(
-        lambda inverse: negative_log_likelihood(predictions, 1 / inverse),
-        bounds=(1 / TEMPERATURES[1], 1 / TEMPERATURES[0]), method='bounded', options={'xatol': 1e-5})
+        lambda inverse: negative_log_likelihood(predictions, 1 / inverse), bounds=(1 / high, 1 / low),
+        method='bounded', options={'xatol': 1e-5})
     temperature = 1 / float(result.x)
-    low, high = TEMPERATURES
     if predictions.correct.all() or not low * 1.01 < temperature < high / 1.01:
-        raise EvaluationError(
+        raise UserError(
             f'no temperature between {low:g} and {high:g} fits these {len(predictions.labels)} predictions: take more '
             'data, or look whether the labels are right.')
     return temperature
@@ -59,20 +65,12 @@ def measure_calibration(validation: Predictions, test: Predictions) -> dict[str,
         latter `ece`, `ece_scaled`, `nll`, `nll_scaled` (mean negative log-likelihood in nats).
     """
     temperature = fit_temperature(validation)
-    scaled = scale(test, temperature)
     return {
         'temperature': temperature,
         'fitted_on': 'validation',
         'measured_on': 'test',
         'ece': compute_metrics(test)['ece'],
-        'ece_scaled': compute_metrics(scaled)['ece'],
+        'ece_scaled': compute_metrics(scale(test, temperature))['ece'],
         'nll': negative_log_likelihood(test),
         'nll_scaled': negative_log_likelihood(test, temperature),
     }
-
-
-def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarray:
-    # float32 probabilities of very sure models reach 0.
-    smallest = np.finfo(np.float32).tiny
-    logits = np.log(np.maximum(predictions.probabilities.astype(np.float64), smallest)) / temperature
-    return logits - logsumexp(logits, axis=1, keepdims=True)

@@ -9,20 +9,17 @@ from matplotlib.figure import Figure
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix as row percentages with class names on both axes, as in the paper's Figure 6.
+    """Draw a confusion matrix of counts (C, C) as row percentages, as in the paper's Figure 6.
 
-    Args:
-        confusion: Counts (C, C); rows are the true classes, columns the predicted ones.
-        label_names: The C class names. Rows show their number of images; a row without images stays grey.
+    Rows are the true classes and show their number of images, columns the predicted ones.
     """
     counts = np.asarray(confusion)
     totals = counts.sum(axis=1)
     size = 3 + 0.75 * len(counts)
     figure = Figure(figsize=(size, size - 1.4), dpi=150, layout='compressed')
-    axes = figure.add_subplot(facecolor='0.92')
-    with np.errstate(invalid='ignore'):
-        percent = 100 * counts / totals[:, None]
-    image = axes.imshow(np.ma.masked_invalid(percent), cmap='Blues', vmin=0, vmax=100)
+    axes = figure.add_subplot(facecolor='0.92')  # what a row without images shows
+    percent = np.ma.masked_invalid(100 * counts / np.where(totals, totals, np.nan)[:, None])
+    image = axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
     for row, values in enumerate(percent):
         if not totals[row]:
             axes.text((len(values) - 1) / 2, row, 'no images', ha='center', va='center', color='0.4')
@@ -38,31 +35,22 @@ def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_name
 
 
 def reliability_figure(calibration: Sequence[Mapping[str, Any]], ece: float) -> Figure:
-    """Draw accuracy over confidence, with the number of images in each bin below.
-
-    Args:
-        calibration: What `timm_lfnsb.evaluate.calibration_bins` returns.
-        ece: Expected calibration error, as a fraction.
-    """
+    """Draw accuracy over confidence from `metrics.calibration_bins`, with the number of images in each bin below."""
     figure = Figure(figsize=(7, 7.3), dpi=150, layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
     filled = [row for row in calibration if row['count']]
+    lows, width = [row['low'] for row in calibration], calibration[0]['high'] - calibration[0]['low']
     upper.plot([0, 1], [0, 1], color='0.5', linestyle='--', label='perfect calibration')
-    upper.bar(
-        [row['low'] for row in filled], [row['accuracy'] for row in filled],
-        width=[row['high'] - row['low'] for row in filled], align='edge', color='tab:blue', edgecolor='white',
-        label='accuracy')
-    upper.plot(
-        [row['confidence'] for row in filled], [row['accuracy'] for row in filled], 'o', color='black', markersize=4,
-        clip_on=False, zorder=3, label='at the mean confidence of the bin')
+    upper.bar(lows, [row['accuracy'] or 0 for row in calibration], width, align='edge', color='tab:blue',
+              edgecolor='white', label='accuracy')
+    upper.plot([row['confidence'] for row in filled], [row['accuracy'] for row in filled], 'o', color='black',
+               markersize=4, clip_on=False, zorder=3, label='at the mean confidence of the bin')
     upper.set_ylabel('accuracy')
     upper.set_ylim(0, 1.02)
     upper.set_title(f'expected calibration error {100 * ece:.1f} %')
     figure.legend(loc='outside lower center', ncols=3)
 
-    bars = lower.bar(
-        [row['low'] for row in calibration], [row['count'] for row in calibration],
-        width=[row['high'] - row['low'] for row in calibration], align='edge', color='0.6', edgecolor='white')
+    bars = lower.bar(lows, [row['count'] for row in calibration], width, align='edge', color='0.6', edgecolor='white')
     lower.bar_label(bars, fontsize='small', padding=1)
     lower.margins(y=0.15)
     lower.set_xlim(0, 1)
@@ -78,25 +66,22 @@ def loss_curves_figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, float
     of every run.
 
     Args:
-        curves: For each kind of run its seeds, and for each seed its epochs with `epoch`, `train_loss` and `eval_loss`
-            (the columns of timm's summary.csv; `eval_loss` may be missing).
+        curves: For each kind of run its seeds, and for each seed its epochs with `epoch`, `train_loss` and perhaps
+            `eval_loss` (the columns of timm's summary.csv).
     """
     figure = Figure(figsize=(9, 4), dpi=150, layout='constrained')
     panels = figure.subplots(1, 2)
-    for axes, key, title in zip(
-            panels, ('train_loss', 'eval_loss'), ('training loss', 'validation loss (cross entropy)'), strict=True):
+    titles = {'train_loss': 'training loss', 'eval_loss': 'validation loss (cross entropy)'}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for i, (name, seeds) in enumerate(curves.items()):
             for j, curve in enumerate(seeds):
-                points = [(row['epoch'] + 1, row[key]) for row in curve if key in row]
-                axes.plot(
-                    [epoch for epoch, _ in points], [loss for _, loss in points], color=f'C{i}', linewidth=1.5,
-                    alpha=1 if len(seeds) == 1 else 0.6, marker='o' if len(points) < 15 else None, markersize=4,
-                    label=name if j == 0 else None)
+                points = np.array([(row['epoch'] + 1, row[key]) for row in curve if key in row]).reshape(-1, 2)
+                axes.plot(*points.T, color=f'C{i}', linewidth=1.5, alpha=1 if len(seeds) == 1 else 0.6,
+                          marker='o' if len(points) < 15 else None, markersize=4, label=name if j == 0 else None)
         axes.set_title(title)
         axes.set_xlabel('epoch')
         axes.set_ylabel('loss')
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(curves))
     return figure

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..checkpoints.pack import pack
 from ..errors import UserError
-from ..evaluate.predictions import evaluate_folder
+from ..evaluate.report import evaluate_folder
 from ..train.checkpoints import load_checkpoint
 from ..train.launch import find_script
 from ..util.files import write_json
@@ -26,11 +26,7 @@ from .tables import collect, draw
 
 
 def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[str, Any], list[str]]:
-    """Run what is missing of an experiment and write its results.
-
-    Args:
-        plan: The experiment.
-        report: Called with a line for each step.
+    """Run what is missing of an experiment and write its results; `report` is called with a line for each step.
 
     Returns:
         The results (also in OUT/NAME.json), and a message for each run that failed; the others keep their results.
@@ -51,38 +47,32 @@ def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[s
     failures: dict[str, str] = {}
     with held:
         plan.prepare_data()
-        waiting = [run for run in plan.runs if not run.is_finished]
-        report(f'{plan.name}: {len(plan.runs)} runs, {len(plan.runs) - len(waiting)} finished before')
-        at_work: dict[str, Iterator[None]] = {}
+        steps = {run.title: _train_and_measure(run, lock, report) for run in plan.runs if not run.is_finished}
+        report(f'{plan.name}: {len(plan.runs)} runs, {len(plan.runs) - len(steps)} finished before')
         try:
-            while waiting or at_work:
-                while waiting and len(at_work) < plan.jobs:
-                    run = waiting.pop(0)
-                    at_work[run.title] = _train_and_measure(run, lock, report)
-                for title, steps in list(at_work.items()):
+            while steps:
+                for title in list(steps)[:plan.jobs]:
                     try:
-                        next(steps)
-                        continue
-                    except StopIteration:
-                        pass
+                        at_work = next(steps[title], False)
                     except Exception as error:
-                        failures[title] = f'{title}: {error}'
+                        failures[title], at_work = f'{title}: {error}', False
                         report(f'{title}: failed')
-                    del at_work[title]
-                time.sleep(0.1 if at_work else 0)
+                    if not at_work:
+                        del steps[title]
+                time.sleep(0.1 if steps else 0)
         except KeyboardInterrupt:
             raise UserError('interrupted; the same command goes on.') from None
         finally:
-            for steps in at_work.values():
-                steps.close()  # type: ignore[attr-defined]
+            for step in steps.values():
+                step.close()
             results = collect(plan)
             write_json(plan.out / f'{plan.name}.json', results)
     draw(plan.out / f'{plan.name}.png', results)
     return results, [failures[run.title] for run in plan.runs if run.title in failures]
 
 
-def _train_and_measure(run: Run, lock: FileLock, report: Callable[[str], None]) -> Iterator[None]:
-    """Do what is missing of a run; yields while train.py is at work, and ends it when closed."""
+def _train_and_measure(run: Run, lock: FileLock, report: Callable[[str], None]) -> Generator[bool, None, None]:
+    """Do what is missing of a run; yields True while train.py is at work, and ends it when closed."""
     if not run.is_trained:
         yield from _train(run, lock, report)
     packed = run.folder / f'packed-{run.plan.checkpoint}'
@@ -95,7 +85,7 @@ def _train_and_measure(run: Run, lock: FileLock, report: Callable[[str], None]) 
     report(f"{run.title}: accuracy {100 * metrics['accuracy']:.1f} on {run.plan.split}")
 
 
-def _train(run: Run, lock: FileLock, report: Callable[[str], None]) -> Iterator[None]:
+def _train(run: Run, lock: FileLock, report: Callable[[str], None]) -> Generator[bool, None, None]:
     """Run train.py for the epochs that are missing.
 
     timm goes on after the epoch that a recovery checkpoint was made in, and would leave out the rest of it: those
@@ -108,22 +98,20 @@ def _train(run: Run, lock: FileLock, report: Callable[[str], None]) -> Iterator[
             shutil.rmtree(run.folder / 'train', ignore_errors=True)
             write_json(run.folder / 'settings.json', run.settings)
         # The script inherits the lock: one that outlives us, when we are killed, keeps others out of its folder.
-        descriptor = lock._context.lock_file_fd if sys.platform != 'win32' else None
+        inherited = () if sys.platform == 'win32' else (lock._context.lock_file_fd,)
         with open(log, 'ab') as file:
             process = subprocess.Popen(
                 [sys.executable, *run.command[1:], *(['--resume', str(run.last)] if done else [])],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                pass_fds=() if descriptor is None else (descriptor,))
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=inherited)
         try:
             while (code := process.poll()) is None:
-                yield
+                yield True
         finally:
             process.terminate()
             process.wait()
-        # timm's script ends with 0 after an interrupt.
-        if code or (reached := run.epochs_done()) < total:
-            ended = f'with {code}' if code else f'after epoch {reached} of {total}'
-            raise UserError(f'train.py ended {ended}, see {log}; {_tail(log)}')
+        reached = run.epochs_done()
+        if code or reached < total:  # timm's script ends with 0 after an interrupt
+            raise UserError(f'train.py ended with {code} after epoch {reached} of {total}, see {log}; {_tail(log)}')
     device = str(load_checkpoint(run.last)['args'].device)
     cuda = device.startswith('cuda') and torch.cuda.is_available()
     write_json(run.folder / 'trained.json', {

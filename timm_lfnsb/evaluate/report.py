@@ -1,0 +1,126 @@
+"""The report of an evaluation: the files of `timm-lfnsb evaluate`, and its text."""
+from __future__ import annotations
+
+import csv
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_model_data_config
+
+from ..data.prepare import DESCRIPTION, read_description
+from ..errors import UserError
+from ..models.loading import load_model
+from ..util.files import replacing, write_json
+from ..version import __version__
+from .figures import confusion_figure, reliability_figure
+from .metrics import compare_predictions, compute_metrics
+from .predictions import predict_folder
+
+PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
+
+
+def evaluate_folder(
+        model_name: str,
+        data_dir: str | Path,
+        out_dir: str | Path,
+        split: str = 'test',
+        compare: str | None = None,
+        tta: str | None = None,
+        **options: Any,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Evaluate a model on DATA_DIR/SPLIT and write the report into a folder.
+
+    Writes `metrics.json`, `predictions.csv`, `confusion.png` and `reliability.png`, and `compare.json` where there is
+    a model to compare with. Files of these names are replaced, each as a whole.
+
+    Args:
+        model_name: A name for `load_model`.
+        data_dir: As for `predict_folder`, which also takes `split`, `tta` and the further `options`.
+        out_dir: Folder for the report, made if need be.
+        compare: Name of another model to compare with on the same images.
+
+    Returns:
+        The content of `metrics.json`, and of `compare.json` or None.
+
+    Raises:
+        UserError: See `predict_folder`; also when `dataset.json` in the data folder is damaged.
+    """
+    data_dir, out_dir = Path(data_dir), Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model = load_model(model_name, inference=True)
+    other = load_model(compare, inference=True) if compare else None
+    data_config = resolve_model_data_config(model)
+    setting = {
+        'split': split,
+        'data_checksum': read_description(data_dir)['sha256'] if (data_dir / DESCRIPTION).is_file() else None,
+        'tta': tta,
+        'versions': {'timm_lfnsb': __version__, **{name: version(name) for name in PACKAGES}},
+    }
+    predictions = predict_folder(model, data_dir, split, tta, **options)
+    comparison = None
+    if other is not None:
+        try:
+            other_predictions = predict_folder(other, data_dir, split, tta, **options)
+        except UserError as error:
+            raise UserError(f'{compare}: {error}') from error
+        comparison = {
+            'first': model_name, 'second': compare,
+            'accuracy_first': float(predictions.correct.mean()),
+            'accuracy_second': float(other_predictions.correct.mean()),
+            **compare_predictions(predictions, other_predictions), **setting,
+        }
+
+    metrics = {
+        'model': model_name,
+        **compute_metrics(predictions),
+        **setting,
+        'image_size': list(data_config['input_size'][1:]),
+        'preprocessing': {key: value for key, value in data_config.items() if key != 'input_size'},
+    }
+    names = predictions.label_names
+    with replacing(out_dir / 'predictions.csv') as path, open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(['file', 'label', 'prediction', *names])
+        for image, label, predicted, row in zip(
+                predictions.files, predictions.labels, predictions.predicted, predictions.probabilities, strict=True):
+            writer.writerow([image, names[label], names[predicted], *row])
+    with replacing(out_dir / 'confusion.png') as path:
+        confusion_figure(metrics['confusion'], names).savefig(path)
+    with replacing(out_dir / 'reliability.png') as path:
+        reliability_figure(metrics['calibration'], metrics['ece']).savefig(path)
+    if comparison is not None:
+        write_json(out_dir / 'compare.json', comparison)
+    write_json(out_dir / 'metrics.json', metrics)
+    return metrics, comparison
+
+
+def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
+    """Format what `evaluate_folder` returns as a table, in percent, with 95 % intervals in brackets."""
+    def percent(figures: dict[str, Any], key: str) -> str:
+        text = f'{100 * figures[key]:5.1f}'
+        interval = figures.get(f'{key}_interval')
+        return text + (f' [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]' if interval else '')
+
+    augmented = f", tta {metrics['tta']}" if metrics['tta'] else ''
+    lines = [f"{metrics['model']} on {metrics['split']}: {metrics['count']} images{augmented}", '']
+    for key, title in (('accuracy', 'accuracy'), ('balanced_accuracy', 'balanced accuracy'), ('macro_f1', 'macro F1'),
+                       ('ece', 'ECE')):
+        lines.append(f'{title:<18}{percent(metrics, key)}')
+    width = max(len('class'), *map(len, metrics['label_names']))
+    lines += ['', f"{'class':<{width}}  {'count':>6}   {'precision':<20} {'recall':<20} F1"]
+    for name, figures in metrics['per_class'].items():
+        cells = [f'{percent(figures, key):<20}' for key in ('precision', 'recall', 'f1')] if figures['count'] else [
+            'absent from the data']
+        lines.append(f"{name:<{width}}  {figures['count']:>6}   {' '.join(cells).rstrip()}")
+    lines += ['', 'percent, with 95 % intervals; averages over the classes that occur']
+    if comparison is not None:
+        low, high = comparison['difference_interval']
+        lines += [
+            '',
+            f"compared with {comparison['second']}: {100 * comparison['accuracy_second']:.1f} accuracy, difference "
+            f"{100 * comparison['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points",
+            f"only {comparison['first']} right: {comparison['only_first_right']}, only {comparison['second']} right: "
+            f"{comparison['only_second_right']}, McNemar's exact test p = {comparison['p_value']:.3g}",
+        ]
+    return '\n'.join(lines)
