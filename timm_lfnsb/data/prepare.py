@@ -35,14 +35,12 @@ def prepare_dataset(
         dataset: str, source: str | Path, target: str | Path, hard_link: bool = False) -> tuple[dict[str, Any], str]:
     """Write a data set as a folder tree for timm's train script.
 
-    The tree is built in a temporary folder beside the target and renamed at the end, so the target is whole or absent.
-    Every image is decoded once: a damaged one is found here and not in the middle of a training run.
+    The target is whole or absent. Every image is decoded once, so that a damaged one is found before training.
 
     Args:
         dataset: One of `READERS`.
-        source: Folder with the original files; it is only read.
-        target: Folder to write, absent or empty. One that holds this very data set stays as it is, except that
-            votes.csv is added where it is missing.
+        source: Folder with the original files.
+        target: Folder to write, absent or empty. To one that holds this very data, a missing votes.csv is added.
         hard_link: Link the image files; a later edit of one changes the original too, which copies avoid.
 
     Returns:
@@ -50,6 +48,7 @@ def prepare_dataset(
 
     Raises:
         UserError: When the source is incomplete or damaged, or the target holds something else.
+        OSError: When a file is missing, or cannot be read, written or linked.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     if not source.is_dir():
@@ -60,34 +59,30 @@ def prepare_dataset(
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not (target / DESCRIPTION).is_file():
         raise foreign
-    try:
-        faces = READERS[dataset](source)
-        if not faces.samples:
-            raise UserError(f'{source} holds no images of this data set.')
-        digests = _check_images(faces.samples)
-        description = _describe(faces, digests)
-        texts = _texts(faces, description)
-        if not occupied:
-            _write(faces, texts, target, hard_link)
-            missing = dataset == 'ferplus' and VOTES not in texts
-            return description, f'is ready, without {VOTES}: there is none in {source}' if missing else 'is ready'
-        found = {path.relative_to(target).as_posix(): file_sha256(path)
-                 for path in target.rglob('*') if not path.is_dir()}
-        expected = {**digests, **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}}
-        without_votes = VOTES in texts and VOTES not in found
-        if VOTES not in texts or without_votes:  # only one of the two was made with the votes at hand
-            found.pop(VOTES, None)
-            expected.pop(VOTES, None)
-        if found != expected:
-            raise foreign
-        if without_votes:
-            with replacing(target / VOTES) as path:
-                path.write_text(texts[VOTES], encoding='utf-8', newline='\n')
-            return description, f'was prepared before; {VOTES} was missing and is there now'
+    faces = READERS[dataset](source)
+    if not faces.samples:
+        raise UserError(f'{source} holds no images of this data set.')
+    digests = _check_images(faces.samples)
+    description = _describe(faces, digests)
+    texts = _texts(faces, description)
+    if not occupied:
+        _write(faces, texts, target, hard_link)
+        missing = dataset == 'ferplus' and VOTES not in texts
+        return description, f'is ready, without {VOTES}: there is none in {source}' if missing else 'is ready'
+    found = {path.relative_to(target).as_posix(): file_sha256(path)
+             for path in target.rglob('*') if not path.is_dir()}
+    expected = {**digests, **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}}
+    add_votes = VOTES in texts and VOTES not in found
+    if add_votes or VOTES not in texts:  # only one of the two was made with the votes at hand
+        found.pop(VOTES, None)
+        expected.pop(VOTES, None)
+    if found != expected:
+        raise foreign
+    if not add_votes:
         return description, 'is already prepared'
-    except OSError as error:
-        hint = '; leave --hard-link out to copy' if hard_link and error.filename2 else ''
-        raise UserError(f'{error.filename or target}: {error.strerror or error}{hint}.') from None
+    with replacing(target / VOTES) as path:
+        path.write_text(texts[VOTES], encoding='utf-8', newline='\n')
+    return description, f'was prepared before; {VOTES} was missing and is there now'
 
 
 def _check_images(samples: Sequence[Sample]) -> dict[str, str]:
@@ -144,11 +139,9 @@ def _describe(faces: Faces, digests: Mapping[str, str]) -> dict[str, Any]:
 
 def _texts(faces: Faces, description: Mapping[str, Any]) -> dict[str, str]:
     """The files beside the images; votes.csv has a line for each face and is no part of the checksum."""
-    texts = {
-        CLASS_MAP: '\n'.join(faces.label_names) + '\n',
-        DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + '\n',
-    }
-    votes = [(sample.name, *sample.votes) for sample in faces.samples if sample.votes]
+    texts = {CLASS_MAP: '\n'.join(faces.label_names) + '\n',
+             DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + '\n'}
+    votes = {(sample.name, *sample.votes) for sample in faces.samples if sample.votes}
     if votes:
         rows = [('file', *VOTE_COLUMNS), *sorted(votes)]
         texts[VOTES] = ''.join(','.join(map(str, row)) + '\n' for row in rows)

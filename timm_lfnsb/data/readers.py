@@ -1,4 +1,7 @@
-"""Readers of the original layouts of facial expression data sets: each lists the faces of one, and what it drops."""
+"""Readers of the original layouts of facial expression data sets: each lists the faces of one, and what it drops.
+
+Each raises UserError, or OSError, where files are missing, damaged or do not fit each other.
+"""
 from __future__ import annotations
 
 import csv
@@ -27,9 +30,7 @@ SPLITS = ('train', 'validation', 'test')
 SPLIT_NAMES = {
     'train': 'train', 'training': 'train', 'train_set': 'train',
     'val': 'validation', 'valid': 'validation', 'validation': 'validation', 'val_set': 'validation',
-    'test': 'test', 'testing': 'test', 'test_set': 'test',
-}
-"""Folder names for the three splits."""
+    'test': 'test', 'testing': 'test', 'test_set': 'test'}
 
 FERPLUS_COLUMNS = (
     'neutral', 'happiness', 'surprise', 'sadness', 'anger', 'disgust', 'fear', 'contempt', 'unknown', 'NF')
@@ -74,13 +75,9 @@ class Faces:
 
 
 def read_ferplus(source: Path) -> Faces:
-    """Read FER+ from train.zip, validation.zip and test.zip, or from the original csv files.
+    """Read FER+ from train.zip, validation.zip and test.zip, and a votes.csv where there is one, or from the csv files.
 
-    Beside the zip files may be a votes.csv: columns file and `VOTE_COLUMNS`. The csv files are fer2013.csv (or
-    icml_face_data.csv) and fer2013new.csv of https://github.com/microsoft/FERPlus.
-
-    Raises:
-        UserError: When neither layout is there, or a file is damaged or does not fit the others.
+    These are fer2013.csv (or icml_face_data.csv) and fer2013new.csv of https://github.com/microsoft/FERPlus.
     """
     if any((source / f'{split}.zip').is_file() for split in SPLITS):
         return _read_ferplus_zips(source)
@@ -88,9 +85,8 @@ def read_ferplus(source: Path) -> Faces:
     votes = source / 'fer2013new.csv'
     if pixels and votes.is_file():
         return _read_ferplus_csv(pixels, votes)
-    raise UserError(
-        f'{source} needs either train.zip, validation.zip and test.zip, or both fer2013.csv (or icml_face_data.csv) '
-        'and fer2013new.csv.')
+    raise UserError(f'{source} needs either train.zip, validation.zip and test.zip, or both fer2013.csv (or '
+                    'icml_face_data.csv) and fer2013new.csv.')
 
 
 def _read_ferplus_zips(source: Path) -> Faces:
@@ -123,7 +119,7 @@ def _read_ferplus_zips(source: Path) -> Faces:
 
 def _read_ferplus_csv(pixels_csv: Path, votes_csv: Path) -> Faces:
     faces = Faces('ferplus', EXPRESSIONS_8, f'{pixels_csv.name} with the votes of {votes_csv.name}')
-    found: list[Sample] = []
+    found: list[tuple[str, str, str, bytes, list[int]]] = []
     names: set[str] = set()
     rows = zip_longest(
         _csv_rows(pixels_csv, ('pixels', 'Usage')),
@@ -145,18 +141,18 @@ def _read_ferplus_csv(pixels_csv: Path, votes_csv: Path) -> Faces:
             faces.dropped[split]['image name listed twice'] += 1
         else:
             names.add(name)
-            found.append(Sample(split, label, name, _pixels(face['pixels'], pixels_csv, line), votes))
+            found.append((split, label, name, _pixels(face['pixels'], pixels_csv, line), votes))
 
-    seen: set[Path | bytes] = set()
+    seen: set[bytes] = set()
     # Test first: a face in two splits stays in the one that measures.
-    for sample in sorted(found, key=lambda sample: SPLITS.index(sample.split), reverse=True):
-        if sample.source in seen:
-            faces.dropped[sample.split]['exact duplicate of a kept image'] += 1
+    for split, label, name, pixels, votes in sorted(found, key=lambda face: SPLITS.index(face[0]), reverse=True):
+        if pixels in seen:
+            faces.dropped[split]['exact duplicate of a kept image'] += 1
             continue
-        seen.add(sample.source)
+        seen.add(pixels)
         png = io.BytesIO()
-        Image.frombytes('L', (48, 48), sample.source).save(png, format='png')
-        faces.samples.append(sample._replace(source=png.getvalue()))
+        Image.frombytes('L', (48, 48), pixels).save(png, format='png')
+        faces.samples.append(Sample(split, label, name, png.getvalue(), votes))
     return faces
 
 
@@ -192,11 +188,7 @@ def _pixels(text: str, path: Path, line: int) -> bytes:
 
 
 def read_rafdb(source: Path) -> Faces:
-    """Read RAF-DB: EmoLabel/list_patition_label.txt and Image/aligned, in `source` or in its folder basic.
-
-    Raises:
-        UserError: When the list or an image of it is missing, or a line of the list is damaged.
-    """
+    """Read RAF-DB: EmoLabel/list_patition_label.txt and Image/aligned, in `source` or in its folder basic."""
     root = source / 'basic' if (source / 'basic').is_dir() else source
     label_file = root / 'EmoLabel' / 'list_patition_label.txt'  # the data set's own spelling
     if not label_file.is_file():
@@ -218,13 +210,9 @@ def read_affectnet(source: Path, label_names: tuple[str, ...]) -> Faces:
 
     Its numbering is the canonical one. What is not among `label_names` is dropped: contempt from the seven-class set,
     and from both the classes from 8 on (none, uncertain, no face).
-
-    Raises:
-        UserError: When a folder, image or annotation is missing, or an annotation is damaged.
     """
     faces = Faces(f'affectnet{len(label_names)}', label_names, 'images by their _exp.npy annotations')
-    for folder in ('train_set', 'val_set'):
-        split = SPLIT_NAMES[folder]
+    for folder, split in (('train_set', 'train'), ('val_set', 'validation')):
         images = {path.stem: path for path in (source / folder / 'images').glob('*.jpg')}
         annotations = {path.name.removesuffix('_exp.npy'): path
                        for path in (source / folder / 'annotations').glob('*_exp.npy')}
@@ -259,19 +247,16 @@ def read_folder(source: Path) -> Faces:
 
     Without split folders all images go to the split train. The classes are the seven, or all eight where there is a
     folder for contempt.
-
-    Raises:
-        UserError: When a folder name is unknown, or two of them mean the same.
     """
-    splits = {folder: SPLIT_NAMES.get(folder.name.lower()) for folder in _subfolders(source)}
-    if not any(splits.values()):
-        splits = {source: 'train'}
-    elif None in splits.values():
+    folders = _subfolders(source)
+    splits = {folder: split for folder in folders if (split := SPLIT_NAMES.get(folder.name.lower()))}
+    if splits and len(splits) < len(folders):
         raise UserError(f'{source} holds folders that are no split beside folders that are: move the former elsewhere ('
-                        f'{", ".join(folder.name for folder, split in splits.items() if split is None)}).')
-    elif len(set(splits.values())) < len(splits):
+                        f'{", ".join(folder.name for folder in folders if folder not in splits)}).')
+    if len(set(splits.values())) < len(splits):
         raise UserError(f'{source} holds two folders of one split: merge them (there are '
-                        f'{", ".join(folder.name for folder in splits)}).')
+                        f'{", ".join(folder.name for folder in folders)}).')
+    splits = splits or {source: 'train'}
     found = {canonical_name(folder.name) for parent in splits for folder in _subfolders(parent)}
     label_names = EXPRESSIONS_8 if 'contempt' in found else EXPRESSIONS_7
     faces = Faces('folder', label_names)
