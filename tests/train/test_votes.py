@@ -68,7 +68,7 @@ def test_the_file_is_matched_by_name(tmp_path):
 ])
 def test_a_file_that_cannot_be_understood_is_refused(text, words, tmp_path):
     (tmp_path / 'votes.csv').write_text(text)
-    with pytest.raises(ValueError, match='votes.csv') as error:
+    with pytest.raises(ValueError, match=r'votes.csv') as error:
         read_votes(tmp_path / 'votes.csv', LABELS)
     assert words in str(error.value)
 

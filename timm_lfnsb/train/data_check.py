@@ -50,13 +50,11 @@ def check_class_folders(options: argparse.Namespace) -> None:
     Raises:
         UserError: With both lists.
     """
-    # train.py moves the old positional argument into data_dir later.
-    data_dir = getattr(options, 'data_dir', None) or getattr(options, 'data', None)
+    data_dir = getattr(options, 'data_dir', None)
     if getattr(options, 'dataset', '') or not data_dir or not Path(data_dir).exists():
         return
     if world_info_from_env()[1] != 0:  # one process of a distributed run is enough
         return
-    options = argparse.Namespace(**{**vars(options), 'data_dir': data_dir})
     splits = [split for name in ('train_split', 'val_split') if (split := getattr(options, name, ''))]
     found = {split: split_folders(options, split) for split in splits}
     class_map = getattr(options, 'class_map', '')
@@ -65,7 +63,12 @@ def check_class_folders(options: argparse.Namespace) -> None:
     if not class_map:
         if skipped:
             raise UserError('--skip-folders needs a --class-map, which says what the other folders are.')
-        _check_same_numbers(found)
+        (root, names), *others = found.values()
+        for other_root, other_names in others:
+            if any(name not in names or names.index(name) != i for i, name in enumerate(other_names)):
+                raise UserError(
+                    'without --class-map timm numbers the folders of each split for itself, and they differ: '
+                    f"{root} has {', '.join(names)}, {other_root} has {', '.join(other_names)}: give a class map.")
         return
     for root, folders in found.values():
         try:
@@ -78,8 +81,8 @@ def check_class_folders(options: argparse.Namespace) -> None:
         if unknown:
             raise UserError(
                 f"{root} has folders that the class map does not name, and timm would leave their images out: "
-                f"{', '.join(_explain(name, classes) for name in unknown)} (folders: {_listing(sorted(folders))}; "
-                f"class map {class_map}: {_listing([str(name) for name in classes])}): make a folder with these names "
+                f"{', '.join(_explain(name, classes) for name in unknown)} (folders: {', '.join(sorted(folders))}; "
+                f"class map {class_map}: {', '.join(map(str, classes))}): make a folder with these names "
                 f"by `timm-lfnsb prepare folder {data_dir} TARGET`, rename them, or name what is to be left out with "
                 '--skip-folders.')
         num_classes = getattr(options, 'num_classes', None)
@@ -93,15 +96,6 @@ def check_class_folders(options: argparse.Namespace) -> None:
 def _explain(name: str, classes: Mapping[str, int]) -> str:
     same = [known for known in classes if canonical_name(known) == canonical_name(name)]
     return f"{name or '(no folder)'}" + (f' (which the class map calls {same[0]})' if same else '')
-
-
-def _check_same_numbers(found: Mapping[str, tuple[str, list[str]]]) -> None:
-    (root, names), *others = found.values()
-    for other_root, other_names in others:
-        if any(name not in names or names.index(name) != i for i, name in enumerate(other_names)):
-            raise UserError(
-                f'without --class-map timm numbers the folders of each split for itself, and they differ: {root} has '
-                f'{_listing(names)}, {other_root} has {_listing(other_names)}: give a class map.')
 
 
 def start_label_names(options: argparse.Namespace) -> tuple[str, Sequence[str] | None, bool]:
@@ -156,8 +150,7 @@ def warn_of_other_labels(options: argparse.Namespace) -> None:
         start, old, keeps_classifier = start_label_names(options)
         if not old:
             return
-        data_dir = getattr(options, 'data_dir', None) or getattr(options, 'data', None)
-        new = run_label_names(argparse.Namespace(**{**vars(options), 'data_dir': data_dir}))
+        new = run_label_names(options)
     except (OSError, RuntimeError, ValueError, yaml.YAMLError):
         return  # what cannot be read here cannot be trained with either, and train.py says so
     if not new:
@@ -177,10 +170,7 @@ def warn_of_other_labels(options: argparse.Namespace) -> None:
         advice += 'or start the classifier anew with --head-init-scale 0.'
     _logger.warning(
         'The weights this run starts from have other classes, or the same in another order.\n'
-        f'  weights ({start}): {_listing(old)}\n'
-        f"  this run ({getattr(options, 'class_map', '') or 'folder names in alphabetical order'}): {_listing(new)}\n"
+        f"  weights ({start}): {', '.join(old)}\n"
+        f"  this run ({getattr(options, 'class_map', '') or 'folder names in alphabetical order'}): "
+        f"{', '.join(new)}\n"
         f'  {advice}')
-
-
-def _listing(names: Sequence[str]) -> str:
-    return ', '.join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ... ({len(names)})"

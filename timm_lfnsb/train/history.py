@@ -11,6 +11,7 @@ import yaml
 
 from ..errors import UserError
 from ..recipes import recipe_names, recipe_path
+from ..util.text import markdown_table
 
 # Settings that name places on the machine of the run, or say nothing about the weights.
 _LEFT_OUT = {
@@ -68,10 +69,8 @@ def read_run(run: Path) -> dict[str, Any]:
         UserError: When the folder has no args.yaml, or something else in its place.
     """
     path = run / 'args.yaml'
-    if not path.is_file():
-        raise UserError(f'{run} has no args.yaml: give the folder of a run of train.py, or one that holds some.')
     try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+        settings = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else None
     except (yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict) or 'model' not in settings:
@@ -140,21 +139,31 @@ def best_epoch(curve: Sequence[dict[str, float]]) -> dict[str, float] | None:
 def runs_table(runs: Iterable[dict[str, Any]]) -> str:
     """Runs (as `read_run` gives them) as a Markdown table; accuracies in percent, epochs counted from 0 as in timm."""
     rows = [run_cells(run) for run in runs]
-    if not rows:
-        return 'no runs'
-    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|' + '---|' * len(rows[0])]
-    lines += ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in row.values()) + ' |' for row in rows]
-    return '\n'.join(lines)
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else 'no runs'
 
 
 def run_cells(run: dict[str, Any]) -> dict[str, str]:
     """One run's cells of `runs_table`, by the header of their column."""
     settings, curve = run['settings'], run['curve']
+    overrides = ', '.join(f'{key} {value}' for key, value in run.get('overrides', {}).items())
+    done, planned = int(curve[-1]['epoch']) + 1 if curve else 0, settings.get('epochs', 0)
+    sizes = settings.get('train_img_sizes') or [settings.get('img_size') or (settings.get('input_size') or [0])[-1]]
+    steps = settings.get('grad_accum_steps', 1)
     best = best_epoch(curve)
     cells = {
-        'run': run.get('name', '-'), 'model': settings['model'], 'recipe': _recipe(run),
-        'epochs': _epochs(settings, curve), 'size': _size(settings), 'batch': _batch(settings),
-        'optimiser': _optimiser(settings), 'augmentation': _augmentation(settings), 'loss': _loss(settings),
+        'run': run.get('name', '-'),
+        'model': settings['model'],
+        'recipe': (run.get('recipe') or '-') + (f' but {overrides}' if overrides else ''),
+        'epochs': str(planned) if done >= planned else f'{done} of {planned}',
+        'size': '/'.join(map(str, sizes)) if any(sizes) else "model's",
+        'batch': f"{settings.get('batch_size', '-')}" + (f' x {steps}' if steps > 1 else ''),
+        'optimiser': _named(settings, {
+            'opt': '', 'lr': 'lr', 'lr_base': 'lr base', 'weight_decay': 'wd', 'sched': '', 'model_ema_decay': 'EMA'}),
+        'augmentation': _named(settings, {
+            'scale': 'scale', 'hflip': 'flip', 'aa': 'auto', 'color_jitter': 'jitter', 'grayscale_prob': 'grey',
+            'gaussian_blur_prob': 'blur', 'photo_look': 'photo look', 'reprob': 'erase', 'mixup': 'mixup',
+            'cutmix': 'cutmix', 'drop': 'drop', 'drop_path': 'drop path', 'balance_power': 'balance'}),
+        'loss': _loss(settings),
         'seed': settings.get('seed', 0),
         'best validation': f"{best['eval_top1']:.1f} (epoch {best['epoch']:.0f})" if best else '-',
         'validation curve': _short_curve(curve),
@@ -163,72 +172,30 @@ def run_cells(run: dict[str, Any]) -> dict[str, str]:
     return {key: str(cell) for key, cell in cells.items()}
 
 
-def _recipe(run: dict[str, Any]) -> str:
-    overrides = ', '.join(f'{key} {value}' for key, value in run.get('overrides', {}).items())
-    return (run.get('recipe') or '-') + (f' but {overrides}' if overrides else '')
-
-
-def _epochs(settings: dict[str, Any], curve: Sequence[dict[str, float]]) -> str:
-    done = int(curve[-1]['epoch']) + 1 if curve else 0
-    planned = settings.get('epochs', 0)
-    return str(planned) if done >= planned else f'{done} of {planned}'
-
-
-def _size(settings: dict[str, Any]) -> str:
-    if settings.get('train_img_sizes'):
-        return '/'.join(map(str, settings['train_img_sizes']))
-    size = settings.get('img_size') or (settings.get('input_size') or [0, 0])[-1]
-    return str(size or "model's")
-
-
-def _batch(settings: dict[str, Any]) -> str:
-    steps = settings.get('grad_accum_steps', 1)
-    return f"{settings.get('batch_size', '-')}" + (f' x {steps}' if steps > 1 else '')
-
-
-def _optimiser(settings: dict[str, Any]) -> str:
-    parts = [settings.get('opt', '-')]
-    if 'lr' in settings:
-        parts.append(f"lr {settings['lr']:g}")
-    else:
-        parts.append(f"lr {settings.get('lr_base', 0):g} a batch of {settings.get('lr_base_size', 0)}")
-    parts.append(f"wd {settings.get('weight_decay', 0):g}")
-    parts.append(settings.get('sched', '-'))
-    if settings.get('model_ema'):
-        parts.append(f"EMA {settings.get('model_ema_decay', 0):g}")
-    return ', '.join(map(str, parts))
-
-
-def _augmentation(settings: dict[str, Any]) -> str:
-    if settings.get('no_aug'):
-        return 'none'
+def _named(settings: dict[str, Any], names: dict[str, str]) -> str:
+    """Settings that are on, each with its short name."""
     parts = []
-    if settings.get('scale'):
-        parts.append('scale ' + '-'.join(f'{value:g}' for value in settings['scale']))
-    for key, name in (
-            ('hflip', 'flip'), ('aa', 'auto'), ('color_jitter', 'jitter'), ('grayscale_prob', 'grey'),
-            ('gaussian_blur_prob', 'blur'), ('reprob', 'erase'), ('mixup', 'mixup'), ('cutmix', 'cutmix'),
-            ('drop', 'drop'), ('drop_path', 'drop path'), ('photo_look', 'photo look'), ('balance_power', 'balance')):
-        if settings.get(key):
-            parts.append(f'{name} {settings[key]}')
-    return ', '.join(parts) or '-'
+    for key, name in names.items():
+        value = settings.get(key)
+        if not value or (key == 'model_ema_decay' and not settings.get('model_ema')):
+            continue
+        text = '-'.join(f'{number:g}' for number in value) if isinstance(value, list) else value
+        parts.append(f'{name} {text:g}' if isinstance(text, float) else f'{name} {text}')
+    return ', '.join(parts).replace(' ,', ',').strip() or '-'
 
 
 def _loss(settings: dict[str, Any]) -> str:
-    parts = ['BCE' if settings.get('bce_loss') else 'CE']
-    if settings.get('label_votes'):
-        parts[0] += ' of drawn labels'
-    if settings.get('logit_adjustment'):
-        parts[0] += f" adjusted {settings['logit_adjustment']:g}"
-    if settings.get('smoothing'):
-        parts[0] += f" smoothed {settings['smoothing']:g}"
+    parts = ['BCE' if settings.get('bce_loss') else 'CE', *(['of drawn labels'] if settings.get('label_votes') else [])]
+    parts += [f'{name} {settings[key]:g}' for key, name in (
+        ('smoothing', 'smoothed'), ('logit_adjustment', 'adjusted')) if settings.get(key)]
+    terms = [' '.join(parts)]
     if settings.get('cosine_harmony'):
         fixed = ', fixed centers' if settings.get('cosine_harmony_fixed_centers') else ''
-        parts.append(f"{settings['cosine_harmony']:g} CH ({settings.get('cosine_harmony_variant')}, alpha "
+        terms.append(f"{settings['cosine_harmony']:g} CH ({settings.get('cosine_harmony_variant')}, alpha "
                      f"{settings.get('cosine_harmony_alpha', 0):g}{fixed})")
     if settings.get('kd_model_name'):
-        parts.append(f"distilled from {settings['kd_model_name']}")
-    return ' + '.join(parts)
+        terms.append(f"distilled from {settings['kd_model_name']}")
+    return ' + '.join(terms)
 
 
 def _short_curve(curve: Sequence[dict[str, float]]) -> str:

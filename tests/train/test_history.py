@@ -1,0 +1,78 @@
+"""Runs of train.py read back: settings, curves, and the recipe they followed."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from timm_lfnsb.cli import main
+from timm_lfnsb.recipes import recipe_names, recipe_path
+from timm_lfnsb.train import history as runs
+from timm_lfnsb.weights.names import embedded_weights, weights_info
+
+
+def recipe_settings(name, **changes):
+    return {**yaml.safe_load(recipe_path(name).read_text()), 'data_dir': '/somewhere', 'experiment': 'mine',
+            'mixup': 0.0, 'aa': None, **changes}
+
+
+def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'args.yaml').write_text(yaml.safe_dump(recipe_settings('ferplus-cpu', epochs=5, workers=9)))
+    header = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
+    (tmp_path / 'a' / 'summary.csv').write_text(
+        header + '0,2.0,1.9,40.0,80,0.1\n1,1.8,1.7,50.0,81,0.1\n'
+        + header + '1,1.7,1.6,55.5,82,0.1\n2,1.5,1.5,53.0,83,0.1\n')
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'b' / 'args.yaml').write_text('{model: resnet18, lr: null, lr_base: 0.1, lr_base_size: 256, opt: sgd}')
+    run = runs.read_run(tmp_path / 'a')
+    assert [row['eval_top1'] for row in run['curve']] == [40, 55.5, 53]
+    assert run['recipe'] == 'ferplus-cpu' and run['overrides'] == {'epochs': 5}
+    assert 'data_dir' not in run['settings'] and 'mixup' not in run['settings']
+    result = CliRunner().invoke(main, ['weights', 'runs', str(tmp_path)])
+    assert result.exit_code == 0
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in result.output.splitlines()]
+    first, second = (dict(zip(rows[0], row, strict=True)) for row in rows[2:])
+    assert first['run'] == 'a' and first['recipe'] == 'ferplus-cpu but epochs 5' and first['epochs'] == '3 of 5'
+    assert first['best validation'] == '55.5 (epoch 1)' and first['validation curve'] == '40.0 55.5 53.0'
+    assert first['last train loss'] == '1.500' and first['size'] == '64' and 'alpha 0.1' in first['loss']
+    assert second['best validation'] == '-' and second['epochs'].startswith('0') and second['model'] == 'resnet18'
+    assert 'lr base 0.1' in second['optimiser'] and second['loss'] == 'CE'
+
+
+def test_runs_without_folders_are_those_of_the_embedded_weights():
+    result = CliRunner().invoke(main, ['weights', 'runs'])
+    assert result.exit_code == 0
+    distinct = {json.dumps(run, sort_keys=True) for name in embedded_weights() for run in weights_info(name)['runs']}
+    assert len(result.output.splitlines()) == 2 + len(distinct)
+    [line] = [line for line in result.output.splitlines() if '| ferplus-cpu-last ' in line]
+    assert 'lfn_small.ferplus, 3 of ' in line and 'lfnsb.ferplus, 3 of ' in line  # both have it behind them
+
+
+@pytest.mark.parametrize(('file', 'text', 'message'), [
+    (None, '', 'has no run of train.py'),
+    ('args.yaml', '[1, 2]', 'does not hold the settings'), ('args.yaml', '{a: [', 'does not hold the settings'),
+    ('summary.csv', 'a,b\n1,2\n', 'is not the summary'),
+    ('summary.csv', 'epoch,eval_top1\n0,x\n', 'is not the summary')])
+def test_folders_that_are_no_runs(file, text, message, tmp_path):
+    if file:
+        (tmp_path / 'args.yaml').write_text('{model: lfnsb}')
+        (tmp_path / file).write_text(text)
+    result = CliRunner().invoke(main, ['weights', 'runs', str(tmp_path)])
+    assert result.exit_code == 1 and message in result.output and 'Traceback' not in result.output
+
+
+@pytest.mark.parametrize('name', recipe_names())
+def test_every_recipe_is_known_again_from_the_settings_of_its_run(name):
+    found = runs.find_recipe(runs.clean_settings(recipe_settings(name)))
+    assert found['overrides'] == {}
+    same = {key: value for key, value in yaml.safe_load(recipe_path(name).read_text()).items() if key != 'class_map'}
+    other = {key: value for key, value in yaml.safe_load(recipe_path(found['recipe']).read_text()).items()
+             if key != 'class_map'}
+    assert found['recipe'] == name or same == other
+
+
+def test_settings_like_no_recipe():
+    assert runs.find_recipe({'model': 'resnet18', 'opt': 'sgd'}) == {'recipe': None, 'overrides': {}}
