@@ -1,98 +1,93 @@
-"""What a fresh process of the benchmark does: load one model, predict, and report times and peak memory as JSON.
+"""What a fresh process of the benchmark does: load one model, predict, and print cold start and peak memory as JSON.
 
-`timm_lfnsb.bench.measure` runs this file by its path: imported as a part of the package it would bring torch and timm along,
-which a process that only runs an exported file does not need. Imports stay inside functions, where their time counts.
+`measure` runs this file by its path: imported as a part of the package it would bring torch and timm along, which a
+process that only runs an exported file does not need. Imports stay inside functions, where their time counts.
 """
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def load_runtimes() -> Any:
-    """The module `timm_lfnsb.predict.exported`, without the package around it."""
-    spec = importlib.util.spec_from_file_location('timm_lfnsb_exported', Path(__file__).parent.parent / 'predict' / 'exported.py')
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def import_exported() -> Any:
+    """`timm_lfnsb.predict.exported` in an empty package: the __init__ of the real one imports torch and timm."""
+    package = types.ModuleType('timm_lfnsb')
+    package.__path__ = [str(Path(__file__).parents[1])]
+    sys.modules[package.__name__] = package
+    return importlib.import_module('timm_lfnsb.predict.exported')
 
 
-def peak_memory() -> int | None:
-    """Highest resident memory of this process in bytes, None where the system does not say."""
+def place(model: Any, images: Any, spec: dict[str, Any]) -> tuple[Any, Any]:
+    """A model and images on the device of `spec`, in the memory order that suits convolutions."""
+    import torch
+    model = model.to(spec['device']).to(memory_format=torch.channels_last)
+    return model, images.to(spec['device'], memory_format=torch.channels_last)
+
+
+def predictor(model: Any, images: Any, spec: dict[str, Any]) -> Callable[[], Any]:
+    """A call that predicts images in PyTorch."""
+    import torch
+    model, images = place(model, images, spec)
+    if spec['runtime'] == 'compiled':
+        model.compile(dynamic=False)
+
+    def predict() -> Any:
+        with torch.inference_mode(), torch.autocast(spec['device'], torch.bfloat16, enabled=spec['amp']):
+            return model(images)
+
+    return predict
+
+
+def peak_memory() -> float:
+    """Highest resident memory of this process in MB."""
     try:
         # Not ru_maxrss: on Linux a process inherits that from the one that started it.
-        with open('/proc/self/status') as file:
-            fields = dict(line.split(':', 1) for line in file)
-        return 1024 * int(fields['VmHWM'].split()[0])
-    except (OSError, KeyError):
-        try:
-            import resource
-        except ModuleNotFoundError:
-            return None
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        lines = Path('/proc/self/status').read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024 / 1e6
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Load and predict as `spec` says (see `timm_lfnsb.bench.child_spec`).
+def run(spec: dict[str, Any]) -> dict[str, float]:
+    """Load and predict as `spec` says (see `measure.Network.spec`).
 
     Returns:
-        Seconds until the imports were done (`import`, from the start of the process), to create the model (`create`)
-        and of the first prediction (`first`); `peak_bytes` after some more.
+        Seconds from the start of the process to the first prediction, and peak memory (of a GPU, its own) after more.
     """
-    runtime = spec['runtime']
-    shape = (spec['batch'], *spec['input_size'])
     predict: Callable[[], Any]
-    if runtime in ('onnxruntime', 'openvino'):
+    if spec['file']:
         import numpy as np
-        runtimes = load_runtimes()
-        __import__(runtime)
-        imported = time.monotonic()
-        network = runtimes.ExportedModel(spec['file'], spec['threads'])
-        created = time.monotonic()
-        images = np.zeros(shape, np.float32)
-        if network.metadata.get('input') == 'uint8':
-            images = np.zeros((shape[0], *shape[2:], shape[1]), np.uint8)
+        network = import_exported().ExportedModel(spec['file'], spec['threads'])
+        array = np.zeros(spec['shape'], spec['dtype'])
 
         def predict() -> Any:
-            return network(images)
+            return network(array)
     else:
         import timm
         import torch
 
         import timm_lfnsb  # noqa: F401  (registers the models)
-        imported = time.monotonic()
         torch.set_num_threads(spec['threads'])
-        model = timm.create_model(spec['model'], **spec['create']).eval()
-        if spec['reparameterize']:
-            model = timm.utils.reparameterize_model(model)
-        memory_format = getattr(torch, spec['memory_format'])
-        model = model.to(spec['device']).to(memory_format=memory_format)
-        if runtime == 'compiled':
-            model.compile(dynamic=False)
-        created = time.monotonic()
-        batch = torch.zeros(shape).to(spec['device'], memory_format=memory_format)
+        model = timm.utils.reparameterize_model(timm.create_model(**spec['create']).eval())
+        call = predictor(model, torch.zeros(spec['shape']), spec)
 
         def predict() -> Any:
-            with torch.inference_mode(), torch.autocast(batch.device.type, torch.bfloat16, enabled=spec['amp']):
-                return model(batch).cpu()
+            return call().cpu()
     predict()
-    first = time.monotonic()
-    result = {'import': imported - spec['started'], 'create': created - imported, 'first': first - created}
+    seconds = time.monotonic() - spec['started']
     for _ in range(3):
         predict()
-    result['peak_bytes'] = peak_memory()
-    if spec['device'] != 'cpu':
-        result['gpu_peak_bytes'] = torch.cuda.max_memory_allocated()
-    return result
+    peak = peak_memory() if spec['device'] == 'cpu' else torch.cuda.max_memory_allocated() / 1e6
+    return {'cold_start_s': seconds, 'peak_mb': peak}
 
 
 if __name__ == '__main__':
-    # The folder of this file is on the path in place of the current one: its modules must not shadow others.
-    sys.path.pop(0)
+    sys.path.pop(0)  # the folder of this file: its modules must not shadow others
     print(json.dumps(run(json.loads(sys.argv[1]))))
