@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 COLORS = ('#0072b2', '#b84a00', '#00785a', '#a3528a', '#7a6a00', '#2a7fae', '#444444')
 MIN_SIDE = 480  # smaller pictures are enlarged for drawing
 MIN_FONT = 14
-MAX_COLUMNS = 2
 
 
 def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
@@ -35,28 +34,24 @@ def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
 
     # Readable at the size of the screen; smaller where many faces would make the panel too wide.
-    names = [name for face in faces for name in face.probabilities]
-    rows = 2 + max((len(face.probabilities) for face in faces), default=0)
-    for font_size in range(max(MIN_FONT, min(picture.size) // 36), MIN_FONT - 1, -1):
-        line = round(1.4 * font_size)
-        columns = math.ceil(len(faces) / max(1, picture.height // (rows * line)))
-        if columns <= MAX_COLUMNS:
-            break
-    blocks = math.ceil(len(faces) / max(1, columns))
+    font_size = max(MIN_FONT, min(picture.size) // max(36, 6 * len(faces)))
     font = ImageFont.load_default(size=font_size)
+    line = round(1.4 * font_size)
+    rows = 2 + max((len(face.probabilities) for face in faces), default=0)
+    per_column = max(1, picture.height // (rows * line))
+    columns = math.ceil(len(faces) / per_column)
 
     def width_of(*texts: str) -> int:
         return max((math.ceil(font.getlength(text)) for text in texts), default=0)
 
     titles = [f'{number}  {face.label}' for number, face in enumerate(faces, 1)]
-    gap, bar_width, name_width = font_size // 2, 6 * font_size, width_of(*names)
+    gap, bar_width = font_size // 2, 6 * font_size
+    name_width = width_of(*(name for face in faces for name in face.probabilities))
     block_width = max(name_width + bar_width + width_of('0.00') + 2 * gap, width_of(*titles) + 2 * gap)
 
     # A band above the picture keeps the label of a box at the upper border out of the face.
-    canvas = Image.new('RGB', (
-        picture.width + columns * (block_width + 2 * gap),
-        line + max(picture.height, blocks * rows * line),
-    ), 'white')
+    height = max(picture.height, min(len(faces), per_column) * rows * line)
+    canvas = Image.new('RGB', (picture.width + columns * (block_width + 2 * gap), line + height), 'white')
     canvas.paste(picture, (0, line))
     draw = ImageDraw.Draw(canvas)
 
@@ -76,8 +71,8 @@ def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
         tag_width = width_of(tag) + gap
         bar(max(0, min(x, picture.width - tag_width)), y - line, tag_width, line, color, tag, gap // 2)
 
-        left = picture.width + (i // blocks) * (block_width + 2 * gap) + gap
-        top = line + (i % blocks) * rows * line
+        left = picture.width + (i // per_column) * (block_width + 2 * gap) + gap
+        top = line + (i % per_column) * rows * line
         bar(left, top, block_width, line, color, title, gap)
         for row, (name, value) in enumerate(face.probabilities.items(), 1):
             middle = top + (row + 0.5) * line

@@ -124,6 +124,5 @@ def clip_box(box: Any, image: np.ndarray) -> Box:
     left, top = max(0, round(x)), max(0, round(y))
     right, bottom = min(image.shape[1], round(x + width)), min(image.shape[0], round(y + height))
     if right <= left or bottom <= top:
-        raise ValueError(f'the detector gave the box {x:g}, {y:g}, {width:g}, {height:g}, which is empty or outside '
-                         f'the image of {image.shape[1]}x{image.shape[0]} pixels.')
+        raise ValueError(f'the detector gave the box {x:g}, {y:g}, {width:g}, {height:g}: empty, or outside the image.')
     return left, top, right - left, bottom - top

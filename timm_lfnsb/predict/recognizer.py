@@ -61,8 +61,7 @@ class ExpressionRecognizer:
         device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
 
     Raises:
-        ValueError: When the model has no (or not its number of) label names, or takes neither 1 nor 3 channels; when
-            an argument is out of range.
+        ValueError: When an argument is out of range, or the model has no label names or other than 1 or 3 channels.
         UserError: When the model cannot be loaded, there is no such device, or OpenCV lacks the cascade.
     """
 
@@ -93,12 +92,18 @@ class ExpressionRecognizer:
             self.label_names = _exported_label_names(model)
             keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
             config = {key: model.value(key) for key in keys}
-            self._to_input = _preprocessing(config, config['input_size'][0], model.value('input') == 'normalized')
+            config['normalize'] = model.value('input') == 'normalized'
         else:
             self.label_names = model_label_names(model)
             to_device(model, device).eval()
             config = resolve_model_data_config(model)
-            self._to_input = _preprocessing(config, getattr(model, 'in_chans', config['input_size'][0]))
+        chans = getattr(model, 'in_chans', config['input_size'][0])
+        if chans not in (1, 3):
+            raise ValueError(f'the model takes {chans} channels: only grey (1) and RGB (3) models see photographs.')
+        if chans == 1:  # as timm's loaders do when the config still has the values of RGB weights
+            config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
+        self._mode = 'RGB' if chans == 3 else 'L'
+        self._transform = create_transform(**config, is_training=False)
 
     @overload
     def __call__(self, images: ImageInput) -> list[Face]: ...
@@ -107,11 +112,10 @@ class ExpressionRecognizer:
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[list[Face]]: ...
 
     def __call__(self, images: ImageInput | list[Any] | tuple[Any, ...]) -> list[Face] | list[list[Face]]:
-        """Name the expressions of one image, or of a list of images, each whatever `read_image` takes.
+        """Faces of an image in the detector's order ('haar': largest first), or of each of a list of images.
 
-        Returns:
-            The faces of the image in the detector's order ('haar': largest first); for a list of images a list of
-            those.
+        Args:
+            images: What `read_image` takes, or a list of that.
 
         Raises:
             ImageError: When an image cannot be read.
@@ -140,7 +144,7 @@ class ExpressionRecognizer:
                 pending.append(error)
             else:
                 pending.append([box for box, _ in located])
-                crops += [self._to_input(crop) for _, crop in located]
+                crops += [self._transform(Image.fromarray(crop).convert(self._mode)) for _, crop in located]
             if max(len(pending), len(crops)) >= self.batch_size:
                 yield from self._recognize(pending, crops)
                 pending, crops = [], []
@@ -180,6 +184,8 @@ class ExpressionRecognizer:
     def _scores(self, batch: torch.Tensor) -> list[list[float]]:
         """Probabilities (N, classes) of a batch of crops."""
         if isinstance(self.model, ExportedModel):
+            if batch.dtype == torch.uint8:  # files that normalise themselves take (B, H, W, C)
+                batch = batch.permute(0, 2, 3, 1)
             logits = torch.from_numpy(self.model(batch.numpy()))
         else:
             like = next(self.model.parameters())
@@ -191,23 +197,6 @@ class ExpressionRecognizer:
         if not scores.isfinite().all():
             raise UserError('the model gave scores that are not finite: its weights are damaged.')
         return scores.tolist()
-
-
-def _preprocessing(
-        config: dict[str, Any], chans: int, normalize: bool = True,
-) -> Callable[[np.ndarray], torch.Tensor]:
-    """timm's eval transform of a crop; without normalisation uint8 (H, W, C) come out."""
-    if chans not in (1, 3):
-        raise ValueError(f'the model takes {chans} channels: only grey (1) and RGB (3) models see photographs.')
-    if chans == 1:  # as timm's loaders do when the config still has the values of RGB weights
-        config = {**config, **{key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')}}
-    transform = create_transform(**config, is_training=False, normalize=normalize)
-
-    def to_input(crop: np.ndarray) -> torch.Tensor:
-        image = transform(Image.fromarray(crop).convert('RGB' if chans == 3 else 'L'))
-        return image if normalize else image.permute(1, 2, 0).contiguous()
-
-    return to_input
 
 
 def _exported_label_names(model: ExportedModel) -> tuple[str, ...]:
