@@ -1,6 +1,8 @@
 """Distillation: one teacher or several, alone and with the Cosine-Harmony loss, against the formula."""
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from timm.task import LogitDistillationTask
 from train.test_launch import STANDIN, one_sentence, run_forked, standin
-from train.test_survival import RANDOM, assert_same_end, load, train
+from train.test_survival import BASE, RANDOM, assert_same_end, environment, load, train
 
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.models.loading import load_model
@@ -145,3 +147,17 @@ def test_real_train_keeps_centers_from_an_initial_checkpoint(timm_scripts, face_
         ends.append(load(run / 'last.pth.tar')['task_state']['cosine_harmony']['centers'])
     torch.testing.assert_close(ends[0], centers, atol=1e-4, rtol=0)
     assert not torch.allclose(ends[1], centers, atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('weight', ['0', '1'])
+def test_two_processes_with_teachers(weight, teachers, timm_scripts, face_folder, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m',
+               'timm_lfnsb', 'run', timm_scripts / 'train.py', *BASE, '--cosine-harmony', weight, '-b', '6', '--epochs', '1',
+               '--kd-model-name', ','.join(teachers), '--logit-adjustment', '0.5', '--model-ema', '--val-split', '',
+               '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', '--output', tmp_path,
+               '--experiment', 'ddp']
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert set(load(tmp_path / 'ddp' / 'last.pth.tar')['state_dict']) == set(
+        timm.create_model('lfnsb', num_classes=4).state_dict())
