@@ -19,7 +19,7 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from support import ROOT
+from support import ROOT, TESTS
 
 from timm_lfnsb.cli import main
 from timm_lfnsb.data.subsets import list_images
@@ -34,60 +34,11 @@ LABELS = ('neutral', 'happiness', 'sadness', 'anger')
 EPOCHS, METRICS = 3, (50., 70., 60.)
 NAME = 'lfnsb-reference-alpha0.1-seed7'  # the run of figure 6
 
-# Writes what train.py would, without training. It notes its arguments, and can fail, or be killed after an epoch.
-FAKE = '''
-import argparse, json, os, shutil, signal, sys, time
-from pathlib import Path
-if __name__ != '__main__':  # under the launcher, which replaces the task
-    from timm.task import ClassificationTask
-parser = argparse.ArgumentParser()
-for flag in ('--config', '--experiment', '--output', '--resume', '--data-dir', '--model', '--class-map'):
-    parser.add_argument(flag, default='')
-parser.add_argument('--epochs', type=int)
-parser.add_argument('--seed', type=int)
-
-def main():
-    args, _ = parser.parse_known_args()
-    here = Path(__file__).parent
-    with open(here / 'calls.txt', 'a') as file:
-        file.write(json.dumps(sys.argv[1:]) + '\\n')
-    name = Path(args.output).name
-    print('a line of the log')
-    if os.environ.get('FAKE_FAIL', 'nothing') in name:
-        sys.exit('CUDA out of memory, or so')
-    if 'FAKE_SLEEP' in os.environ:
-        (here / 'pid').write_text(str(os.getpid()))
-        time.sleep(600)
-    run = Path(args.output) / args.experiment
-    run.mkdir(parents=True, exist_ok=True)
-    start = int(Path(args.resume + '.epoch').read_text()) + 1 if args.resume else 0
-    best = -1
-    for epoch in range(start, args.epochs):
-        with open(run / 'summary.csv', 'a') as file:
-            if epoch == start:  # a resumed run of an older script writes the header again
-                file.write('epoch,train_loss,eval_loss,eval_top1,lr\\n')
-            file.write(f'{epoch},{2 - 0.5 * epoch},{1.5 - 0.25 * epoch},{50 + epoch},0.1\\n')
-        shutil.copy(here / f'{epoch}.pth.tar', run / 'tmp')
-        os.replace(run / 'tmp', run / 'last.pth.tar')
-        (run / 'last.pth.tar.epoch').write_text(str(epoch))
-        shutil.copy(here / f'{epoch}.pth.tar', run / f'checkpoint-{epoch}.pth.tar')
-        if epoch == start:  # an older script forgets what was best before it was resumed
-            shutil.copy(here / f'{epoch}.pth.tar', run / 'model_best.pth.tar')
-        if os.environ.get('FAKE_KILL') == f'{name}:{epoch}':
-            os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get('FAKE_END') == f'{name}:{epoch}':
-            return
-
-if __name__ == '__main__':
-    main()
-'''
-
-
 @pytest.fixture(scope='session')
 def fake_folder(tmp_path_factory, face_folder) -> Path:
     """The stand-in, and the checkpoints it hands out: one for each epoch, of different weights."""
     folder = tmp_path_factory.mktemp('fake')
-    (folder / 'fake_train.py').write_text(FAKE)
+    shutil.copy(TESTS / 'support' / 'fake_train.py', folder)
     args = argparse.Namespace(
         model='mobilefacenet', num_classes=4, img_size=32, class_map=str(face_folder / 'class_map.txt'),
         data_dir=str(face_folder), eval_metric='top1', device='cpu')
@@ -178,11 +129,10 @@ def test_rows_are_trained_measured_and_written(fake, fake_folder, data):
         assert [(seed['seed'], seed['accuracy']) for seed in row['seeds']] == [(7, best), (8, best)]
         assert row['mean']['accuracy'] == pytest.approx(best) and row['std']['accuracy'] == 0
         assert all(seed['epoch'] == 2 and seed['ema'] is False for seed in row['seeds'])
-    stored = json.loads((fake.out / 'table5.json').read_text())
-    assert stored == json.loads(json.dumps(results))
-    assert stored['data']['sha256'] == 'abc' and stored['recipe']['settings']['batch_size'] == 8
-    assert set(stored['versions']) == {'timm', 'torch', 'timm_lfnsb'} and 'CPU' in stored['device']
-    assert stored['measured'] == dict(
+    assert read_results(fake.out / 'table5.json') == json.loads(json.dumps(results))
+    assert results['data']['sha256'] == 'abc' and results['recipe']['settings']['batch_size'] == 8
+    assert set(results['versions']) == {'timm', 'torch', 'timm_lfnsb'} and 'CPU' in results['device']
+    assert results['measured'] == dict(
         split='validation', images=[24], checkpoint='best', checkpoint_split='validation')
     assert str(fake.out) not in json.dumps(results['rows'])  # no places of this machine
 
@@ -441,50 +391,43 @@ def test_wrong_settings_are_refused_in_one_sentence(experiment, arguments, word,
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
-def results_of(experiment: str, rows: list[dict], **changes) -> dict:
-    return dict(dict(
-        experiment=experiment, title=EXPERIMENTS[experiment], complete=True, epochs=80, seeds=3, extra=[],
-        recipe=dict(name='ferplus', settings={}), measured=dict(
-            split='validation', images=[3328], checkpoint='best', checkpoint_split='validation'),
-        data=dict(name='ferplus', sha256='abc', subset=None, folds=None, train_images=25278), device='NVIDIA H200',
-        versions=dict(timm='1.0.31', torch='2.5.1 and 2.15.0'), commit='c0ffee', rows=rows), **changes)
+def results_of(*rows: dict, **changes) -> dict:
+    stored = read_results(committed_results()[0])
+    return {**stored, 'seeds': 3, 'data': {**stored['data'], 'subset': None}, 'rows': rows, **changes}
 
 
-def row_of(name: str, accuracy: float, std: float | None, seeds: int = 3, **more) -> dict:
-    figures = dict(accuracy=accuracy, balanced_accuracy=0.5, macro_f1=0.51, ece=0.1)
-    return dict(dict(
-        name=name, mean=figures, std=None if std is None else dict.fromkeys(figures, std), paper=None,
-        seeds=[{}] * seeds), **more)
+def row_of(name: str, std: float | None, seeds: int, paper: dict | None = None, **more) -> dict:
+    figures = dict(accuracy=0.81234, balanced_accuracy=0.5, macro_f1=0.51, ece=0.1)
+    stds = dict.fromkeys(figures, std) if std else None
+    return dict(name=name, mean=figures, std=stds, seeds=[{}] * seeds, paper=paper, **more)
 
 
 def test_markdown(tmp_path):
     path = tmp_path / 'table4.json'
-    path.write_text(json.dumps(results_of('table4', [
-        row_of('alpha 0.1', 0.81234, 0.0021, paper=PAPER['table4']['alpha 0.1']),
-        row_of('alpha 0.2', 0.8, None, seeds=1)])))
+    path.write_text(json.dumps(results_of(
+        row_of('alpha 0.1', 0.0021, 3, PAPER['table4']['alpha 0.1']), row_of('alpha 0.2', None, 1),
+        experiment='table4', title='Table 4')))
     shown = command('show', path, path)
     assert shown.exit_code == 0 and shown.output.count('### Table 4') == 2
     lines = results_markdown(read_results(path)).splitlines()
     assert lines[2].count('|') == lines[3].count('|') == lines[4].count('|')
     assert '| 81.23 ± 0.21 ' in lines[4] and '| RAF-DB 90.22 (LFN) ' in lines[4]
-    assert '| 80.00 (1 of 3 runs) ' in lines[5] and lines[5].split('|')[-2].strip() == '-'
-    for word in ('25,278 training images', '3,328 images', 'NVIDIA H200', 'timm 1.0.31, torch 2.5.1 and 2.15.0',
-                 '3 seeds, mean ± standard deviation', 'flatters all rows'):
+    assert '| 81.23 (1 of 3 runs) ' in lines[5] and lines[5].split('|')[-2].strip() == '-'
+    for word in ('2,500 training images', '3,328 images', 'AMD EPYC', 'timm 1.0.31', '3 seeds', 'flatters all rows'):
         assert word in lines[-1]
 
 
 def test_table2_has_sizes_beside_the_papers():
-    size = dict(params=2676147, macs=397180000, input_size=[3, 112, 112], paper_size=(2.676, 397.35))
-    text = results_markdown(results_of('table2', [
-        row_of('lfnsb', 0.8, 0.01, paper=PAPER['table2']['lfnsb'], **size),
-        row_of('ddamfn', 0.8, 0.01, **dict(size, paper_size=None))]))
+    size = dict(params=2676147, macs=397180000, input_size=[3, 112, 112])
+    text = results_markdown(results_of(
+        row_of('lfnsb', 0.01, 3, PAPER['table2']['lfnsb'], paper_size=(2.676, 397.35), **size),
+        row_of('ddamfn', 0.01, 3, paper_size=None, **size), experiment='table2'))
     assert '2.676 M' in text and '397.2 M' in text and '2.676 M / 397.35 M' in text
     assert 'RAF-DB 91.07, AffectNet-7 66.57, AffectNet-8 63.12' in text
 
 
 def test_one_seed_never_passes_for_a_result():
-    rows = [row_of('a', 0.8, None, seeds=1), row_of('b', 0.7, None, seeds=1)]
-    assert 'may be chance' in results_markdown(results_of('table3', rows, seeds=1))
+    assert 'may be chance' in results_markdown(results_of(row_of('a', None, 1), row_of('b', None, 1), seeds=1))
 
 
 def test_show_refuses_other_files_and_has_results_of_its_own(tmp_path):

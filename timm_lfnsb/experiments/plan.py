@@ -85,18 +85,13 @@ class Plan:
 
     Args:
         experiment: One of `EXPERIMENTS`.
-        data_dir: Absolute path of a folder made by `prepare`: SPLIT/LABEL/FILE, with dataset.json if possible.
-        out: Absolute path of the experiment's folder.
+        data_dir: Absolute path of a folder made by `prepare`; `out`: that of the experiment's folder.
         recipe: Name of a recipe of this package, or path of a YAML file for train.py; None for the data set's name.
-        epochs: In place of the recipe's.
         seeds: Number of runs of each row, with the recipe's seed and those after it.
-        subset: Number of training images, a fixed stratified subset, or None for all.
-        folds: Number of folds of table9.
+        subset: Number of training images, a fixed stratified subset; None for all.
         split: Split to measure on; None for the one that the recipe validates on.
         checkpoint: 'best' for the epoch of the highest accuracy on the recipe's validation split, or 'last'.
-        script: Path of train.py, or its name in the folder of TIMM_SCRIPTS.
         extra: Further options of train.py, for all rows.
-        jobs: Runs side by side.
 
     Raises:
         UserError: When a setting is wrong, data or recipe are missing, or the subset cannot be drawn.
@@ -115,7 +110,7 @@ class Plan:
         self.dataset = _dataset(data_dir)
         self.recipe_file, self.recipe = _read_recipe(recipe or self.dataset['name'])
         self.options = _options(self.recipe, self.extra)
-        self.epochs = epochs or self.options.get('epochs')
+        self.epochs = int(epochs or self.options.get('epochs') or 0)
         if not self.epochs or not self.options['num_classes']:
             raise UserError('the recipe must name epochs and num_classes (and, for the canonical order, class_map).')
 
@@ -157,7 +152,8 @@ class Run:
         self.report = self.folder / f'{plan.split}-{plan.checkpoint}'
 
         flags, size = row.flags, plan.options['img_size'] or (plan.options['input_size'] or [None])[-1]
-        if size and timm.get_pretrained_cfg(row.model).fixed_input_size and not plan.options['model_kwargs']:
+        fixed = getattr(timm.get_pretrained_cfg(row.model), 'fixed_input_size', False)
+        if fixed and size and not plan.options['model_kwargs']:
             flags += ['--model-kwargs', f'img_size={size}']  # timm does not pass on its --img-size
         # All that the trained weights depend on; two runs in one folder must agree in it.
         self.settings = {
@@ -186,7 +182,7 @@ class Run:
     def epochs_done(self) -> int:
         """Epochs that are trained, and after which training can go on."""
         if self.is_trained:
-            return int(self.plan.epochs)
+            return self.plan.epochs
         return int(load_checkpoint(self.last)['epoch']) + 1 if self.last.is_file() else 0
 
     def check_settings(self) -> None:
@@ -200,9 +196,9 @@ class Run:
             raise UserError(f'{self.folder} holds something else than a run: remove it or choose another --out.')
         if not self.is_trained and not self.last.is_file():
             return
-        there, asked = (
-            {**settings, **{f'recipe {key}': value for key, value in settings.pop('recipe').items()}}
-            for settings in (read_json(path), json.loads(json.dumps(self.settings))))
+        there, asked = read_json(path), json.loads(json.dumps(self.settings))
+        for settings in (there, asked):
+            settings.update({f'recipe {key}': value for key, value in settings.pop('recipe').items()})
         differences = [
             f'{key}: {there.get(key)!r} there, {asked.get(key)!r} asked for'
             for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
@@ -275,9 +271,11 @@ def _rows(experiment: str, recipe: dict[str, Any], folds: int) -> list[Row]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object that a run has written, or say that the file is damaged."""
+    """Read an object that a run has written, or say that the file is not there or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding='utf-8')))
+    except FileNotFoundError:
+        raise UserError(f'there is no file {path}.') from None
     except (ValueError, TypeError):
         raise UserError(f'{path} is damaged: remove the folder it lies in to run that part again.') from None
 

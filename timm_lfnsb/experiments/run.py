@@ -98,11 +98,12 @@ def _train(run: Run, lock: FileLock, report: Callable[[str], None]) -> Generator
             shutil.rmtree(run.folder / 'train', ignore_errors=True)
             write_json(run.folder / 'settings.json', run.settings)
         # The script inherits the lock: one that outlives us, when we are killed, keeps others out of its folder.
-        inherited = () if sys.platform == 'win32' else (lock._context.lock_file_fd,)
+        descriptor = None if sys.platform == 'win32' else lock._context.lock_file_fd
         with open(log, 'ab') as file:
             process = subprocess.Popen(
                 [sys.executable, *run.command[1:], *(['--resume', str(run.last)] if done else [])],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=inherited)
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                pass_fds=() if descriptor is None else (descriptor,))
         try:
             while (code := process.poll()) is None:
                 yield True

@@ -12,97 +12,69 @@ from ..models.count import count_model
 from ..train.history import read_curve
 from ..util.files import replacing
 from ..util.text import markdown_table
-from .plan import EXPERIMENTS, Plan, read_json
-
-PAPER: dict[str, dict[str, dict[str, Any]]] = {
-    'table2': {
-        'lfnsb': {'RAF-DB': 91.07, 'AffectNet-7': 66.57, 'AffectNet-8': 63.12, 'note': 'Tables 6-8, best fold'},
-        'mfn': {'RAF-DB': 90.32}, 'mobilefacenet': {'RAF-DB': 87.52},
-    },
-    'table3': {
-        'cross entropy': {'RAF-DB': 89.57, 'AffectNet-7': 64.26, 'note': 'LFN'},
-        '+ reference': {'RAF-DB': 90.22, 'AffectNet-7': 65.45, 'note': 'LFN'},
-    },
-    'table4': {f'alpha {alpha}': {'RAF-DB': accuracy, 'note': 'LFN'} for alpha, accuracy in (
-        (0.1, 90.22), (0.2, 90.12), (0.3, 89.96), (0.4, 90.03), (0.5, 89.86))},
-    'table5': {
-        'lfn_small': {'RAF-DB': 90.22, 'AffectNet-7': 65.45}, 'lfnsb': {'RAF-DB': 91.07, 'AffectNet-7': 66.57}},
-    'table9': {
-        'mean of the folds': {'RAF-DB': 90.45, 'AffectNet-7': 65.62, 'note': "mean of the paper's own folds"},
-        'best fold': {'RAF-DB': 91.07, 'AffectNet-7': 66.57},
-    },
-}
-"""Accuracies in percent that the paper prints, by experiment, row and data set; all of its tables: results/paper.md.
-
-It prints 90.34 and 65.72 as the means of Table 9, which are not the means of its folds. It does not say which variant
-of the loss it trained with; the released code has `reference`.
-"""
+from .plan import EXPERIMENTS, Plan, Run, read_json
 
 METRICS = ('accuracy', 'balanced_accuracy', 'macro_f1', 'ece')
 RESULTS_DIR = Path(__file__).parent.parent / 'results'
+PAPER = read_json(RESULTS_DIR / 'paper.json')
+"""Accuracies in percent that the paper prints, by experiment, row and data set."""
 
 
 def collect(plan: Plan) -> dict[str, Any]:
     """Gather the results of the finished runs of an experiment."""
-    rows, trained, measured = [], [], set()
-    label_names: list[str] = []
+    rows = []
     for row in plan.rows:
-        seeds = []
-        for run in plan.runs:
-            if run.row != row or not run.is_finished:
-                continue
-            metrics = read_json(run.report / 'metrics.json')
-            trained.append(read_json(run.folder / 'trained.json'))
-            measured.add(metrics['count'])
-            label_names = metrics['label_names']
-            seeds.append({
-                'seed': run.seed,
-                **{key: metrics[key] for key in (*METRICS, 'accuracy_interval')},
-                **read_json(run.report / 'checkpoint.json'),
-                **{key: trained[-1][key] for key in ('seconds', 'resumed_after_epoch')},
-                **({'curve': read_curve(run.last.parent)} if plan.experiment == 'figure5' else {}),
-                **({'confusion': metrics['confusion']} if plan.experiment == 'figure6' else {}),
-            })
+        seeds = [_measurement(run) for run in plan.runs if run.row == row and run.is_finished]
         paper = PAPER.get(plan.experiment, {}).get(row.name)
         rows.append({'name': row.name, 'options': row.flags, **_mean_and_std(seeds), 'paper': paper, 'seeds': seeds})
         if plan.experiment == 'table2':
             count = count_model(row.model, num_classes=plan.options['num_classes'])
             rows[-1].update(
                 params=count.params, macs=count.macs, input_size=list(count.input_size), paper_size=count.paper)
+    done = [seed for row in rows for seed in row['seeds']]
     held_out = 'the fold held out' if plan.folds else None
-    results = {
+    results: dict[str, Any] = {
         'experiment': plan.experiment,
         'title': EXPERIMENTS[plan.experiment],
-        'complete': all(len(row['seeds']) == plan.seeds for row in rows),
+        'complete': len(done) == len(plan.runs),
         'recipe': {'name': plan.recipe_file.stem, 'settings': plan.recipe},
         'epochs': plan.epochs,
         'seeds': plan.seeds,
         'extra': plan.extra,
         'data': {
             **plan.dataset, 'subset': plan.subset, 'folds': plan.folds,
-            'train_images': round(len(plan.images) * ((plan.folds - 1) / plan.folds if plan.folds else 1)),
+            'train_images': round(len(plan.images) * (1 - 1 / plan.folds if plan.folds else 1)),
         },
         'measured': {
-            'split': held_out or plan.split, 'images': sorted(measured),
+            'split': held_out or plan.split,
+            'images': sorted({seed['count'] for seed in done}),
             'checkpoint': plan.checkpoint if plan.val_split else 'last',
             'checkpoint_split': held_out or plan.val_split,
         },
-        'device': _joined(run['device'] for run in trained),
-        'versions': {key: _joined(run['versions'][key] for run in trained) for key in ('timm', 'torch', 'timm_lfnsb')},
-        'commit': _joined(run['commit'] for run in trained),
-        'label_names': label_names,
+        'device': _joined(seed['device'] for seed in done),
+        'versions': {key: _joined(seed['versions'][key] for seed in done) for key in ('timm', 'torch', 'timm_lfnsb')},
+        'commit': _joined(seed['commit'] for seed in done),
         'rows': rows,
     }
     if plan.folds:
-        stored = plan.parts_dir / 'folds.json'
-        results['data']['fold_images'] = read_json(stored) if stored.is_file() else None
         means = [row['mean'] for row in rows if row['mean']]
         if len(means) == plan.folds:
             best = {'mean': max(means, key=lambda mean: mean['accuracy']), 'std': None}
             results['summary'] = [
                 {'name': name, **figures, 'paper': PAPER['table9'][name]}
                 for name, figures in (('mean of the folds', _mean_and_std(means)), ('best fold', best))]
+        results['data']['fold_images'] = read_json(plan.parts_dir / 'folds.json')
     return results
+
+
+def _measurement(run: Run) -> dict[str, Any]:
+    metrics = read_json(run.report / 'metrics.json')
+    keys = [*METRICS, 'accuracy_interval', 'count']
+    keys += ['confusion', 'label_names'] if run.plan.experiment == 'figure6' else []
+    curve = {'curve': read_curve(run.last.parent)} if run.plan.experiment == 'figure5' else {}
+    return {
+        'seed': run.seed, **{key: metrics[key] for key in keys}, **read_json(run.report / 'checkpoint.json'),
+        **read_json(run.folder / 'trained.json'), **curve}
 
 
 def _mean_and_std(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,12 +92,13 @@ def _joined(values: Iterable[Any]) -> str:
 def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Draw an experiment that is a figure, once it has a row."""
     rows = [row for row in results['rows'] if row['seeds']]
-    if not rows or results['experiment'] not in ('figure5', 'figure6'):
-        return
-    if results['experiment'] == 'figure5':
+    if rows and results['experiment'] == 'figure5':
         figure = loss_curves_figure({row['name']: [seed['curve'] for seed in row['seeds']] for row in rows})
+    elif rows and results['experiment'] == 'figure6':
+        seed = rows[0]['seeds'][0]
+        figure = confusion_figure(seed['confusion'], seed['label_names'])
     else:
-        figure = confusion_figure(rows[0]['seeds'][0]['confusion'], results['label_names'])
+        return
     with replacing(path) as temporary:
         figure.savefig(temporary, format='png')
 
@@ -136,13 +109,7 @@ def committed_results() -> list[Path]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read what `reproduce` has written.
-
-    Raises:
-        UserError: When the file is missing or holds something else.
-    """
-    if not path.is_file():
-        raise UserError(f'there is no file {path}.')
+    """Read what `reproduce` has written, or say that the file is something else."""
     results = read_json(path)
     if not {'experiment', 'rows', 'measured', 'data'} <= set(results):
         raise UserError(f'{path} does not hold results of timm-lfnsb reproduce.')
@@ -173,29 +140,25 @@ def results_markdown(results: Mapping[str, Any]) -> str:
 
 
 def _caption(results: Mapping[str, Any]) -> str:
-    data, measured, versions = results['data'], results['measured'], results['versions']
-    images = f"{data['train_images']:,} training images"
-    if data['subset']:
-        images += ' (a fixed stratified subset)'
-    if data['folds']:
-        images += f" in each of {data['folds']} folds of all splits, near-identical images in one fold"
+    data, measured, seeds = results['data'], results['measured'], results['seeds']
     last = measured['checkpoint'] == 'last'
-    parts = [
-        f"Recipe {results['recipe']['name']}" + (f" with {' '.join(results['extra'])}" if results['extra'] else '')
-        + f", {results['epochs']} epoch{'s' * (results['epochs'] > 1)}, "
-        + (f"{results['seeds']} seeds, mean ± standard deviation" if results['seeds'] > 1 else 'one seed'),
-        f"{data['name']}, {images}",
-        f"percent on {measured['split']} ({' or '.join(f'{n:,}' for n in measured['images']) or 'no'} images), "
-        + ('last epoch' if last else f"best epoch by accuracy on {measured['checkpoint_split']}"),
-        results['device'] or 'unknown device',
-        f"timm {versions['timm']}, torch {versions['torch']}"]
-    notes = ["The paper's figures are for its own data sets."]
-    if data['subset']:
-        notes.insert(0, 'A trial of the commands on few images: no conclusion can be drawn from it.')
-    elif results['seeds'] == 1 and len(results['rows']) > 1 and not data['folds']:
-        notes.insert(0, 'One seed: differences between the rows may be chance.')
-    if not results['complete']:
-        notes.insert(0, 'Not complete.')
-    if not last and measured['split'] == measured['checkpoint_split']:
-        notes.insert(0, 'The split that chose the epoch also measures it, which flatters all rows a little.')
-    return f"{'; '.join(parts)}. {' '.join(notes)}"
+    facts = [
+        ' '.join([f"Recipe {results['recipe']['name']}", *results['extra']]),
+        f"{results['epochs']} epochs",
+        f'{seeds} seeds, mean ± standard deviation' if seeds > 1 else 'one seed',
+        f"{data['name']}, {data['train_images']:,} training images"
+        + (' (a fixed stratified subset)' if data['subset'] else '')
+        + (f" in each of {data['folds']} folds, near-identical images in one fold" if data['folds'] else ''),
+        f"percent on {measured['split']} ({' or '.join(f'{n:,}' for n in measured['images']) or 'no'} images)",
+        'last epoch' if last else f"best epoch by accuracy on {measured['checkpoint_split']}",
+        results['device'], f"timm {results['versions']['timm']}, torch {results['versions']['torch']}"]
+    few = seeds == 1 and len(results['rows']) > 1 and not data['folds'] and not data['subset']
+    notes = {
+        'The split that chose the epoch also measures it, which flatters all rows a little.':
+            not last and measured['split'] == measured['checkpoint_split'],
+        'Not complete.': not results['complete'],
+        'A trial of the commands on few images: no conclusion can be drawn from it.': data['subset'],
+        'One seed: differences between the rows may be chance.': few,
+        "The paper's figures are for its own data sets.": True,
+    }
+    return ' '.join(['; '.join(filter(None, facts)) + '.', *(note for note, holds in notes.items() if holds)])
