@@ -6,6 +6,3 @@ class UserError(RuntimeError):
 
     The command line prints it and ends with exit code 1.
     """
-
-
-LaunchError = UserError  # until its last users have gone
