@@ -20,7 +20,7 @@ def recipe_settings(name, **changes):
 
 def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
     (tmp_path / 'a').mkdir()
-    (tmp_path / 'a' / 'args.yaml').write_text(yaml.safe_dump(recipe_settings('ferplus-cpu', epochs=5, workers=9)))
+    (tmp_path / 'a' / 'args.yaml').write_text(yaml.safe_dump(recipe_settings('ferplus-cpu-56', epochs=5, workers=9)))
     header = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
     (tmp_path / 'a' / 'summary.csv').write_text(
         header + '0,2.0,1.9,40.0,80,0.1\n1,1.8,1.7,50.0,81,0.1\n'
@@ -29,15 +29,15 @@ def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
     (tmp_path / 'b' / 'args.yaml').write_text('{model: resnet18, lr: null, lr_base: 0.1, lr_base_size: 256, opt: sgd}')
     run = runs.read_run(tmp_path / 'a')
     assert [row['eval_top1'] for row in run['curve']] == [40, 55.5, 53]
-    assert run['recipe'] == 'ferplus-cpu' and run['overrides'] == {'epochs': 5}
+    assert run['recipe'] == 'ferplus-cpu-56' and run['overrides'] == {'epochs': 5}
     assert 'data_dir' not in run['settings'] and 'mixup' not in run['settings']
     result = CliRunner().invoke(main, ['weights', 'runs', str(tmp_path)])
     assert result.exit_code == 0
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in result.output.splitlines()]
     first, second = (dict(zip(rows[0], row, strict=True)) for row in rows[2:])
-    assert first['run'] == 'a' and first['recipe'] == 'ferplus-cpu but epochs 5' and first['epochs'] == '3 of 5'
+    assert first['run'] == 'a' and first['recipe'] == 'ferplus-cpu-56 but epochs 5' and first['epochs'] == '3 of 5'
     assert first['best validation'] == '55.5 (epoch 1)' and first['validation curve'] == '40.0 55.5 53.0'
-    assert first['last train loss'] == '1.500' and first['size'] == '64' and 'alpha 0.1' in first['loss']
+    assert first['last train loss'] == '1.500' and first['size'] == '56' and 'alpha 0.1' in first['loss']
     assert second['best validation'] == '-' and second['epochs'].startswith('0') and second['model'] == 'resnet18'
     assert 'lr base 0.1' in second['optimiser'] and second['loss'] == 'CE'
 

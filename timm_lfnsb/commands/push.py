@@ -24,21 +24,17 @@ def push(
     Safetensors only, in one commit. A folder without README.md gets a card that says what is known of it. Log in with
     `hf auth login`, or set HF_TOKEN.
     """
-    from ..hub.push import PushError, pin_hint
-    from ..hub.push import push as push_source
-    try:
-        result = push_source(source, repo_id, private, create_pr, dry_run, metrics, license)
-    except (PushError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    width = max(len(file.name) for file in result.files)
+    from ..hub.push import push
+    result = push(source, repo_id, private, create_pr, dry_run, metrics, license)
+    width = max(len(name) for name, _, _ in result.files)
     click.echo(f"{'would publish' if dry_run else 'published'} {result.repo_id}")
-    for file in result.files:
-        click.echo(f'{file.name.ljust(width)}  {file.size:>12,} bytes  sha256 {file.sha256}')
+    for name, size, sha256 in result.files:
+        click.echo(f'{name.ljust(width)}  {size:>12,} bytes  sha256 {sha256}')
     if not result.has_metrics:
         click.echo('warning: the card has no model-index, so the Hub shows no metrics.', err=True)
     if dry_run:
         click.echo(f'\n{result.card}')
     else:
         click.echo(result.url)
-        if (hint := pin_hint(result)) is not None:
-            click.echo(hint)
+        if result.pin_hint:
+            click.echo(result.pin_hint)

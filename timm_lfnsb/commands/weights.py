@@ -7,6 +7,9 @@ import click
 
 DATA_DIR = click.option(
     '--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
+ROBUSTNESS = click.option(
+    '--robustness/--no-robustness', default=True,
+    help='Measure the robustness table too, a dozen times the test split.')
 
 
 @click.group()
@@ -14,39 +17,28 @@ def weights() -> None:
     """The weights inside the package: list them, measure them again, put new ones there."""
 
 
-def _release():
-    try:
-        from ..hub import ship as release
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"this needs {error.name}: pip install 'timm-lfnsb[eval]' brings it.") from None
-    return release
-
-
 @weights.command('list')
 def list_weights() -> None:
     """Print the embedded weights and what was measured of them on the test split."""
-    click.echo(_release().weights_table())
+    from ..hub.card import weights_table
+    click.echo(weights_table())
 
 
 @weights.command()
 @click.argument('names', nargs=-1)
 @DATA_DIR
-@click.option('--robustness/--no-robustness', default=True,
-              help='Measure the robustness table too, a dozen times the test split.')
+@ROBUSTNESS
 def verify(names: tuple[str, ...], data_dir: Path, robustness: bool) -> None:
     """Measure embedded weights (default: all) again.
 
     Fails where an accuracy is off by more than 0.2 points, a calibration error by more than 0.5, or the temperature by
     more than 0.02.
     """
-    release = _release()
-    from ..evaluate.robustness import PERTURBATIONS
-    try:
-        for name in names or release.embedded_weights():
-            for line in release.verify(name, data_dir, tuple(PERTURBATIONS) if robustness else ()):
-                click.echo(line)
-    except (release.ReleaseError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
+    from ..hub.ship import verify
+    from ..weights.names import embedded_weights
+    for name in names or embedded_weights():
+        for line in verify(name, data_dir, None if robustness else ()):
+            click.echo(line)
 
 
 @weights.command()
@@ -59,12 +51,9 @@ def measure(name: str, data_dir: Path, replace: bool) -> None:
     Adds calibration temperature, robustness table and recipe names. The metrics of the splits must agree with what the
     JSON has of them.
     """
-    release = _release()
     from ..evaluate.robustness import robustness_table
-    try:
-        info = release.remeasure(name, data_dir, replace)
-    except (release.ReleaseError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    from ..hub.ship import remeasure
+    info = remeasure(name, data_dir, replace)
     before, after = info['calibration']['ece'], info['calibration']['ece_scaled']
     click.echo(f"{name}: temperature {info['temperature']:.3f}, ECE on test {before:.3f} without it, {after:.3f} with "
                f"it\n\n{robustness_table(info['robustness'])}")
@@ -86,13 +75,9 @@ def robustness(
     NAME is an embedded one, or anything else that timm.create_model loads (local-dir:PATH). Nothing is stored:
     `weights measure` does that.
     """
-    _release()
     from ..evaluate.robustness import PERTURBATIONS, measure_robustness, robustness_table
-    try:
-        measured = measure_robustness(
-            name, data_dir, split, names or tuple(PERTURBATIONS), batch_size=batch_size, workers=workers, device=device)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    measured = measure_robustness(
+        name, data_dir, split, names or tuple(PERTURBATIONS), batch_size=batch_size, workers=workers, device=device)
     click.echo(robustness_table(measured))
 
 
@@ -100,24 +85,17 @@ def robustness(
 @click.argument('folders', nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 def runs(folders: tuple[Path, ...]) -> None:
     """Print one table of the runs of train.py in FOLDERS, or of those that led to the embedded weights."""
-    from ..train.history import RunError, embedded_runs, find_runs, read_run, runs_table
+    from ..train.history import embedded_runs, find_runs, read_run, runs_table
     from ..weights.names import embedded_weights, weights_info
-    try:
-        if folders:
-            described = [read_run(run) for folder in folders for run in find_runs(folder)]
-        else:
-            described = embedded_runs([weights_info(name) for name in embedded_weights()])
-    except (RunError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(runs_table(described))
+    described = [read_run(run) for folder in folders for run in find_runs(folder)]
+    click.echo(runs_table(described if folders else embedded_runs(map(weights_info, embedded_weights()))))
 
 
 @weights.command()
 @click.argument('name')
 @click.argument('runs', nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @DATA_DIR
-@click.option('--robustness/--no-robustness', default=True,
-              help='Measure the robustness table too, a dozen times the test split.')
+@ROBUSTNESS
 @click.option('--note', 'notes', multiple=True, metavar='TEXT',
               help='A sentence for the card that no figure tells; may be given several times.')
 @click.option('--after', metavar='NAME',
@@ -126,10 +104,7 @@ def ship(
         name: str, runs: tuple[Path, ...], data_dir: Path, robustness: bool, notes: tuple[str, ...], after: str | None,
 ) -> None:
     """Store the last of RUNS as the embedded weights NAME (ARCH.TAG), with a JSON of what it measures."""
-    release = _release()
-    from ..train.checkpoints import PackError
-    try:
-        release.ship(name, runs, data_dir, robustness, notes, after)
-    except (release.ReleaseError, PackError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(release.weights_table())
+    from ..hub.card import weights_table
+    from ..hub.ship import ship
+    ship(name, runs, data_dir, None if robustness else (), notes, after)
+    click.echo(weights_table())

@@ -1,7 +1,4 @@
-"""Model cards for the Hugging Face Hub, from the JSON of embedded weights or from a timm folder alone.
-
-Needs jinja2, which torch brings, and huggingface_hub, which timm brings.
-"""
+"""Model cards for the Hugging Face Hub, from the JSON of embedded weights or from a timm folder alone."""
 from __future__ import annotations
 
 import json
@@ -9,388 +6,227 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, StrictUndefined
-from timm.models import get_pretrained_cfg
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..labels import EXPRESSIONS_8, canonical_name
+from ..errors import UserError
+from ..labels import EXPRESSIONS_8, canonical_name, model_label_names
 from ..models.networks import default_cfgs
-from ..train.history import find_recipe, run_cells
+from ..train.history import runs_table
 from ..util.files import file_sha256, replacing
 from ..util.machine import processor
-from ..weights.names import embedded_weights, weights_info
+from ..util.text import markdown_table
+from ..weights.names import WEIGHTS_DIR, embedded_weights, weights_info
 
 TEMPLATE = Path(__file__).with_name('card.md')
-
 RESULTS = Path(__file__).parent.parent / 'results'
-
 RUNTIMES = {'eager': 'PyTorch', 'compiled': 'torch.compile', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
-
-DATA_TITLES = {'ferplus': 'FER+, plurality labels, duplicates removed', 'rafdb': 'RAF-DB'}
-
+DATA_NAMES = {'ferplus': ('FER+', 'FER+, plurality labels, duplicates removed'), 'rafdb': ('RAF-DB', 'RAF-DB')}
+FIGURES = {
+    'accuracy': ('accuracy', 'accuracy'), 'balanced_accuracy': ('balanced_accuracy', 'balanced accuracy'),
+    'macro_f1': ('f1', 'macro F1'), 'ece': ('expected_calibration_error', 'expected calibration error')}
+"""By key in metrics.json: the Hub's name of the metric, and people's."""
 FEW_FACES = 50
 """Test faces of a class below which the card forbids claims about it."""
 
-PAPER = {'lfnsb': (('RAF-DB', '91.07 %'), ('AffectNet-7', '66.57 %'), ('AffectNet-8', '63.12 %'))}
-"""Accuracies as the paper prints them in Tables 6 to 8, by network."""
-
-CITATION = """\
-@article{chen2024lightweight,
-  title   = {A Lightweight Model Enhancing Facial Expression Recognition with Spatial Bias and Cosine-Harmony Loss},
-  author  = {Chen, Xuefeng and Huang, Liangyu},
-  journal = {Computation},
-  volume  = {12},
-  number  = {10},
-  pages   = {201},
-  year    = {2024},
-  doi     = {10.3390/computation12100201}
-}"""
-
-
-class CardError(ValueError):
-    """A card that cannot be made; the message says what to do."""
-
 
 def render_card(info: dict[str, Any], repo_id: str | None = None) -> str:
-    """The model card of embedded weights.
+    """The model card of embedded weights, as Markdown with YAML front matter and its `model-index`.
 
     Args:
         info: Their JSON, see `weights_info`.
         repo_id: Hub repository the card is for, 'ORG/NAME'; without one it names the weights inside the package.
 
-    Returns:
-        Markdown with YAML front matter, metrics as `model-index` among it.
-
     Raises:
-        CardError: When the JSON lacks something that a card must say.
+        UserError: When the JSON lacks something that a card must say.
     """
     try:
-        return _render_embedded(info, repo_id)
+        name, labels, data, runs = info['model'], info['label_names'], info['data'], info['runs']
+        test, arch, input_size = info['metrics']['test'], name.split('.')[0], tuple(info['input_size'])
+        data_name, data_title = DATA_NAMES.get(data['name'], (data['name'], data['name']))
+        count = _count(arch, len(labels), input_size)
+        counts = {label: row['count'] for label, row in test['per_class'].items()}
+        common = sorted(counts, key=lambda label: -counts[label])[:2]
+        return _render(
+            name, arch, labels, {split: info['metrics'][split] for split in ('test', 'validation')}, repo_id,
+            dict(license='apache-2.0', datasets=[data['name']], metrics=['accuracy', 'f1']),
+            dataset=(data['name'], data_title), timm_name=name,
+            cfg=dict(default_cfgs[arch].default.to_dict(), input_size=input_size),  # the rest is that of every tag
+            info=info, params=count.params, macs=count.macs, common=common, data_name=data_name,
+            common_share=sum(counts[label] for label in common) / test['count'],
+            robustness_table=_robustness(info['robustness']) if 'robustness' in info else '',
+            speed=speed_table(name, input_size),
+            runs_table=runs_table({**run, 'name': str(i)} for i, run in enumerate(runs, 1)),
+            outside=sorted({_outside(run['settings'], i == 0) for i, run in enumerate(runs)} - {''}))
     except KeyError as error:
-        raise CardError(f'the JSON of these weights has no {error}: store them with timm-lfnsb weights ship.') from None
+        raise UserError(f'the JSON of these weights has no {error}: store them with timm-lfnsb weights ship.') from None
 
 
 def render_card_for_folder(
-        path: str | Path,
-        repo_id: str | None = None,
-        metrics: dict[str, Any] | None = None,
-        license: str | None = None,
+        path: str | Path, repo_id: str | None = None, metrics: dict[str, Any] | None = None, license: str | None = None,
 ) -> str:
-    """The model card of a timm folder (`timm-lfnsb pack`): what the folder tells, and nothing else.
-
-    A folder that holds embedded weights gets their card.
+    """The model card of a timm folder: what the folder tells, or the card of the embedded weights in it.
 
     Args:
-        path: Folder with config.json and model.safetensors.
+        path: Folder with config.json and model.safetensors, see `timm-lfnsb pack`.
         repo_id: Hub repository the card is for, 'ORG/NAME'.
         metrics: What `timm-lfnsb evaluate` wrote of this model into metrics.json, to be shown on the card.
         license: Identifier of the weights' licence, for instance 'apache-2.0'; without it the card names none.
 
     Raises:
-        CardError: When the folder is none of timm's, or the metrics are of a model with other labels.
+        UserError: When the folder is none of timm's, or the metrics are of a model with other labels.
     """
     path = Path(path)
+    checksum = file_sha256(path / 'model.safetensors') if (path / 'model.safetensors').is_file() else None
+    for info in map(weights_info, embedded_weights()):
+        if info['sha256'] == checksum:
+            return render_card(info, repo_id)
     try:
-        config = json.loads((path / 'config.json').read_text(encoding='utf-8'))
-        arch, cfg = config['architecture'], config['pretrained_cfg']
-        labels = config.get('label_names') or cfg.get('label_names') or []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CardError(f'{path} has no config.json of timm: give a folder made by timm-lfnsb pack.') from None
-    weights = path / 'model.safetensors'
-    if weights.is_file():
-        checksum = file_sha256(weights)
-        for name in embedded_weights():
-            if weights_info(name)['sha256'] == checksum:
-                return render_card(weights_info(name), repo_id)
-    if isinstance(labels, dict):
-        labels = [labels[index] for index in sorted(labels, key=int)]
-    if not labels:
-        raise CardError(f'{path / "config.json"} has no label_names: make the folder with timm-lfnsb pack.')
-    if metrics is not None and [canonical_name(name) for name in metrics['label_names']] != [
-            canonical_name(name) for name in labels]:
-        raise CardError(f"the metrics are of a model with other labels [{', '.join(metrics['label_names'])}].")
-    title = (repo_id or path.resolve().name).rpartition('/')[2]
-    zoo = arch.split('.')[0] in default_cfgs
+        with torch.device('meta'):
+            model = timm.create_model(f'local-dir:{path}')
+        labels = model_label_names(model)
+    except Exception as error:  # other people's configs can make timm raise nearly anything
+        reason = shorten(str(error), 300, placeholder=' ...')
+        raise UserError(f'{path} is no folder of a timm model as timm-lfnsb pack makes them: {reason}') from None
+    if metrics is not None and list(map(canonical_name, metrics['label_names'])) != list(map(canonical_name, labels)):
+        raise UserError(f"the metrics are of a model with other labels [{', '.join(metrics['label_names'])}].")
     return _render(
-        ModelCardData(
-            license=license, library_name='timm', pipeline_tag='image-classification', tags=_tags(arch, labels),
-            **_results(title, {'type': 'own', 'name': 'own data'}, metrics)),
-        arch, cfg, labels, repo_id, f'hf-hub:{repo_id}' if repo_id else 'local-dir:FOLDER',
-        title=title, zoo=zoo, macs=None, metrics=metrics,
-        splits={metrics.get('split', 'data'): metrics} if metrics else {}, main=metrics,
-        model_args=config.get('model_args') or {})
+        repo_id.partition('/')[2] if repo_id else path.resolve().name, model.pretrained_cfg['architecture'], labels,
+        {metrics.get('split', 'data'): metrics} if metrics else {}, repo_id, dict(license=license),
+        dataset=('own', 'own data'), timm_name='local-dir:FOLDER', cfg=model.pretrained_cfg, info={},
+        params=sum(parameter.numel() for parameter in model.parameters()))
 
 
 def write_cards(names: Sequence[str], out_dir: Path) -> list[Path]:
     """Write the cards of embedded weights as NAME.md into a folder, each as a whole."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name in names:
-        card = render_card(weights_info(name))
-        path = out_dir / f'{name}.md'
+    paths = [out_dir / f'{name}.md' for name in names]
+    for path in paths:
         with replacing(path) as temporary:
-            temporary.write_text(card, encoding='utf-8')
-        paths.append(path)
+            temporary.write_text(render_card(weights_info(path.stem)), encoding='utf-8')
     return paths
 
 
-def stale_cards(names: Sequence[str], out_dir: Path) -> list[Path]:
-    """The cards in a folder that are not there or not what the JSON of their weights says."""
-    stale = []
-    for name in names:
-        path = out_dir / f'{name}.md'
-        if not path.is_file() or path.read_text(encoding='utf-8') != render_card(weights_info(name)):
-            stale.append(path)
-    return stale
+def check_cards(names: Sequence[str], out_dir: Path) -> None:
+    """Raise a UserError where a card in a folder is not there, or is not what the JSON of its weights says."""
+    cards = {out_dir / f'{name}.md': render_card(weights_info(name)) for name in names}
+    stale = [path for path, card in cards.items() if not path.is_file() or path.read_text(encoding='utf-8') != card]
+    if stale:
+        raise UserError(f"{', '.join(map(str, stale))}: not what the JSON says; write anew with timm-lfnsb card "
+                        f"{' '.join(path.stem for path in stale)} --out {out_dir}.")
 
 
-def _render_embedded(info: dict[str, Any], repo_id: str | None) -> str:
-    name = info['model']
-    arch = name.split('.')[0]
-    labels, data, splits = info['label_names'], info['data'], info['metrics']
-    title = DATA_TITLES.get(data['name'], data['name'])
-    cfg = get_pretrained_cfg(arch)  # mean and std are those of every tag
-    if cfg is None:
-        raise CardError(f'there is no network {arch}.')
-    return _render(
-        ModelCardData(
-            license='apache-2.0', library_name='timm', pipeline_tag='image-classification', tags=_tags(arch, labels),
-            datasets=[data['name']], metrics=['accuracy', 'f1'],
-            **_results(name, {'type': data['name'], 'name': title}, splits['test'])),
-        arch, dict(cfg.to_dict(), input_size=info['input_size']), labels, repo_id,
-        f'hf-hub:{repo_id}' if repo_id else name,
-        title=name, data_name='FER+' if data['name'] == 'ferplus' else data['name'], zoo=True,
-        common=_common(splits['test']), macs=_macs(arch, len(labels), tuple(info['input_size'])), info=info,
-        test=splits['test'],
-        metrics=splits['test'], splits={key: splits[key] for key in ('test', 'validation') if key in splits},
-        main=splits['test'], paper=PAPER.get(arch), temperature=info.get('temperature'),
-        calibration=info.get('calibration'), robustness=info.get('robustness'), speed=speed_table(name),
-        notes=info.get('notes', []),
-        outside=sorted({_outside(run['settings'], info['runs'][:i]) for i, run in enumerate(info['runs'])} - {''}),
-        run_rows=[_run_row(run, info['input_size']) for run in info['runs']],
-        train_counts=', '.join(f'{label} {count:,}' for label, count in data['splits']['train']['counts'].items()))
+def weights_table() -> str:
+    """The embedded weights as a Markdown table: what their JSON says of the test split."""
+    rows = []
+    for name in embedded_weights():
+        test = weights_info(name)['metrics']['test']
+        size = (WEIGHTS_DIR / f'{name}.safetensors').stat().st_size / 1e6
+        rows.append([f'`{name}`', *(_figure(test, key) for key in FIGURES), test['count'], f'{size:.1f} MB'])
+    return markdown_table(['weights', 'test accuracy', 'balanced accuracy', 'macro F1', 'ECE', 'faces', 'file'], rows)
+
+
+def speed_table(name: str, input_size: Sequence[int], results: Path = RESULTS) -> str:
+    """Milliseconds a face by machine, runtime and batch size, from reports of `timm-lfnsb bench --json` (bench*.json).
+
+    Rows of the bare network count, for weights do not change the speed; rows at another input size do not. Empty where
+    nothing was measured.
+    """
+    rows = []
+    for path in sorted(results.glob('bench*.json')):
+        report = json.loads(path.read_text(encoding='utf-8'))
+        machine, peer = report['machine'], report['settings'].get('peer')
+        where = machine.get('gpu') or f"{processor(machine)}, {machine['threads']} threads"
+        wanted = [model for model, measured in report['models'].items() if measured['input_size'] == list(input_size)
+                  and model.partition('@')[0] in (name, name.split('.')[0])]
+        for row in report['results']:
+            if (row['model'] in wanted and row['task'] == 'predict' and 'ms_per_image' in row
+                    and row.get('form') not in ('unoptimised', 'convolutions')):
+                ratio = f"{row['ratio']['median']:.2f} x {peer}" if row.get('ratio') else '-'
+                rows.append([where, RUNTIMES.get(row['runtime'], row['runtime']), row['batch'],
+                             f"{row['ms_per_image']['median']:.3g}", ratio])
+    headers = ['machine', 'runtime', 'batch', 'milliseconds a face', 'time relative to']
+    return markdown_table(headers, rows) if rows else ''
 
 
 def _render(
-        data: ModelCardData,
-        arch: str,
-        cfg: dict[str, Any],
-        labels: Sequence[str],
-        repo_id: str | None,
-        timm_name: str,
-        **context: Any,
+        title: str, arch: str, labels: Sequence[str], splits: dict[str, dict[str, Any]], repo_id: str | None,
+        card_data: dict[str, Any], dataset: tuple[str, str], timm_name: str, **context: Any,
 ) -> str:
-    main, splits, paper = context.pop('main'), context['splits'], context.setdefault('paper', None)
-    for key in ('info', 'test', 'temperature', 'calibration', 'robustness', 'speed'):
-        context.setdefault(key, None)
-    context.setdefault('notes', [])
-    context.setdefault('outside', [])
-    context.setdefault('train_counts', '')
-    params = _params(arch, len(labels), context.pop('model_args', {}))
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    body = environment.from_string(TEMPLATE.read_text(encoding='utf-8')).render(
-        arch=arch, labels=list(labels), repo_id=repo_id, timm_name=timm_name, params=params, num=_num,
-        input_size=cfg['input_size'],
-        faces={canonical_name(label) for label in labels} <= set(EXPRESSIONS_8),
-        facts_table=_facts(cfg, labels, context.pop('macs'), licensed=context['info'] is not None),
-        figures_table=_figures(splits, paper) if splits else '',
-        main_split=next(iter(splits), ''),
-        class_table=_classes(main) if main else '',
-        rare=[f'{name} ({row["count"]})' for name, row in main['per_class'].items()
-              if 0 < row['count'] < FEW_FACES] if main else [],
-        never_right=_never_right(main) if main else [],
-        robustness_table=_robustness(context['robustness']) if context['robustness'] else '',
-        runs_table=_runs(context.pop('run_rows', [])),
-        citation=CITATION, **context)
-    return f'---\n{data.to_yaml()}\n---\n\n{body.strip()}\n'
-
-
-def _outside(settings: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> str:
-    """What a run learned from that may have seen other images; pretrained weights of this zoo are the earlier runs'."""
-    if settings.get('kd_model_name'):
-        return f"the teacher `{settings['kd_model_name']}`"
-    own = earlier and str(settings['model']).split('.')[0] in default_cfgs
-    return f"pretrained `{settings['model']}`" if settings.get('pretrained') and not own else ''
-
-
-def _tags(arch: str, labels: Sequence[str]) -> list[str]:
-    tags = ['image-classification', 'timm', 'transformers', arch.split('.')[0]]
-    if {canonical_name(label) for label in labels} <= set(EXPRESSIONS_8):
-        tags[:0] = ['facial-expression-recognition', 'emotion-recognition']
-    return tags
-
-
-def _results(name: str, data: dict[str, str], metrics: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments that make a model-index."""
-    if not metrics:
-        return {}
-    figures = (
-        ('accuracy', 'accuracy', 'Accuracy'), ('balanced_accuracy', 'balanced_accuracy', 'Balanced accuracy'),
-        ('f1', 'macro_f1', 'Macro F1'), ('expected_calibration_error', 'ece', 'Expected calibration error'))
-    return dict(model_name=name, eval_results=[
-        EvalResult(
-            task_type='image-classification', task_name='Facial expression recognition', dataset_type=data['type'],
-            dataset_name=data['name'], dataset_split=metrics.get('split', 'test'), metric_type=metric_type,
-            metric_name=metric_name, metric_value=round(metrics[key], 4))
-        for metric_type, key, metric_name in figures])
-
-
-def _params(arch: str, num_classes: int, model_args: dict[str, Any]) -> int:
-    kwargs: dict[str, Any] = {**model_args, 'num_classes': num_classes}
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(arch, **kwargs)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
-        raise CardError(f'cannot create the model {arch} that config.json names: {reason}') from None
-    return sum(parameter.numel() for parameter in model.parameters())
+    """The template filled in; of the splits, by name, the first is what the card's metrics are of."""
+    faces = set(map(canonical_name, labels)) <= set(EXPRESSIONS_8)
+    split, main = next(iter(splits.items()), ('', None))
+    if main:
+        card_data |= dict(model_name=title, eval_results=[
+            EvalResult(
+                task_type='image-classification', task_name='Facial expression recognition', dataset_type=dataset[0],
+                dataset_name=dataset[1], dataset_split=split, metric_type=metric_type,
+                metric_name=people[0].upper() + people[1:], metric_value=round(main[key], 4))
+            for key, (metric_type, people) in FIGURES.items()])
+        context |= dict(
+            figures_table=markdown_table(
+                ['', *(f'{name}, {metrics["count"]:,} faces' for name, metrics in splits.items())],
+                [[people, *(_figure(metrics, key) for metrics in splits.values())]
+                 for key, (_, people) in FIGURES.items()]),
+            class_table=_classes(main),
+            rare=[f'{label} ({row["count"]})' for label, row in main['per_class'].items()
+                  if 0 < row['count'] < FEW_FACES])
+    tags = ['facial-expression-recognition', 'emotion-recognition'] if faces else []
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name='timm', pipeline_tag='image-classification',
+            tags=[*tags, 'image-classification', 'timm', 'transformers', arch.split('.')[0]], **card_data),
+        template_str=TEMPLATE.read_text(encoding='utf-8'), title=title, arch=arch, labels=list(labels), faces=faces,
+        main=main, split=split, repo_id=repo_id, timm_name=f'hf-hub:{repo_id}' if repo_id else timm_name,
+        zoo=arch.split('.')[0] in default_cfgs, **context)
+    return f'{str(card).strip()}\n'
 
 
 @cache
-def _macs(arch: str, num_classes: int, input_size: tuple[int, ...]) -> int | None:
+def _count(arch: str, num_classes: int, input_size: tuple[int, ...]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # fvcore scripts a function that nobody here uses
         from ..models.count import count_model
-    kwargs: dict[str, Any] = {'img_size': input_size[1]} if default_cfgs[arch].default.fixed_input_size else {}
-    model = timm.create_model(arch, num_classes=num_classes, **kwargs)
-    count = count_model(arch, model)
-    return count.macs if tuple(count.input_size) == input_size else None
+    return count_model(arch, num_classes=num_classes, pretrained_cfg_overlay={'input_size': input_size})
 
 
-def _num(value: float | None, sign: str = '') -> str:
-    return '-' if value is None else f'{value:{sign}.3f}'
+def _outside(settings: dict[str, Any], first: bool) -> str:
+    """What a run learned from that may have seen other images; pretrained weights of this zoo are the earlier runs'."""
+    if settings.get('kd_model_name'):
+        return f"the teacher `{settings['kd_model_name']}`"
+    foreign = first or str(settings['model']).split('.')[0] not in default_cfgs
+    return f"pretrained `{settings['model']}`" if settings.get('pretrained') and foreign else ''
 
 
-def _with_interval(figures: dict[str, Any], key: str) -> str:
+def _figure(figures: dict[str, Any], key: str) -> str:
+    """A figure with its interval, where it has one."""
     bounds = figures.get(f'{key}_interval')
-    return _num(figures[key]) + (f' [{_num(bounds[0])}, {_num(bounds[1])}]' if bounds else '')
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [headers, ['---'] * len(headers), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
-
-
-def _facts(cfg: dict[str, Any], labels: Sequence[str], macs: int | None, licensed: bool) -> str:
-    def values(key: str) -> str:
-        return ', '.join(f'{value:g}' for value in cfg[key])
-
-    crop = f' and central crop of {cfg["crop_pct"]:g}' if cfg.get('crop_pct', 1) != 1 else ''
-    rows = [
-        ['labels, in the order of the outputs', ', '.join(labels)],
-        ['input', f"{'x'.join(map(str, cfg['input_size']))}, {cfg['interpolation']} resize{crop}, "
-                  f"mean {values('mean')}, std {values('std')}"],
-    ]
-    if macs:
-        rows.append(['multiply-accumulates at that size', f'{macs / 1e6:.0f} million'])
-    if licensed:
-        rows.append(['licence of code and weights', 'Apache-2.0'])
-    return _table(['', ''], rows)
-
-
-def _figures(splits: dict[str, dict[str, Any]], paper: Sequence[tuple[str, str]] | None) -> str:
-    headers = ['', *(f'{split}, {metrics["count"]:,} faces' for split, metrics in splits.items())]
-    rows = [
-        ['accuracy', *(_with_interval(metrics, 'accuracy') for metrics in splits.values())],
-        ['balanced accuracy', *(_with_interval(metrics, 'balanced_accuracy') for metrics in splits.values())],
-        ['macro F1', *(_num(metrics['macro_f1']) for metrics in splits.values())],
-        ['expected calibration error', *(_num(metrics['ece']) for metrics in splits.values())],
-    ]
-    if paper:
-        headers.append("the paper's own figures, other data: not comparable")
-        rows[0].append(', '.join(f'{data} {value}' for data, value in paper))
-        rows[1:] = [[*row, ''] for row in rows[1:]]
-    return _table(headers, rows)
+    return f'{figures[key]:.3f}' + (f' [{bounds[0]:.3f}, {bounds[1]:.3f}]' if bounds else '')
 
 
 def _classes(metrics: dict[str, Any]) -> str:
     names, rows = metrics['label_names'], []
     for i, name in enumerate(names):
-        figures = metrics['per_class'][name]
+        figures, wrong = metrics['per_class'][name], list(metrics['confusion'][i])
         if not figures['count']:
             rows.append([name, 0, '-', '-', '-', '-'])
             continue
-        wrong = [0 if j == i else count for j, count in enumerate(metrics['confusion'][i])]
-        mistaken = f'{names[wrong.index(max(wrong))]} ({max(wrong)})' if max(wrong) else '-'
+        wrong[i] = 0
         # A class that was never predicted has no precision, whatever scikit-learn puts there.
-        precision = _with_interval(figures, 'precision') if figures['precision_interval'] else 'never predicted'
+        precision = _figure(figures, 'precision') if figures['precision_interval'] else 'never predicted'
         rows.append([
-            name, f"{figures['count']:,}", precision, _with_interval(figures, 'recall'), _with_interval(figures, 'f1'),
-            mistaken])
-    return _table(['class', 'faces', 'precision', 'recall', 'F1', 'mostly mistaken for'], rows)
-
-
-def _never_right(metrics: dict[str, Any]) -> list[str]:
-    """Classes that were predicted, but never rightly, with how often."""
-    confusion, names = metrics['confusion'], metrics['label_names']
-    columns = [sum(row[i] for row in confusion) for i in range(len(names))]
-    return [f'{name} (given {columns[i]} times)' for i, name in enumerate(names) if columns[i] and not confusion[i][i]]
+            name, f"{figures['count']:,}", precision, _figure(figures, 'recall'), _figure(figures, 'f1'),
+            f'{names[wrong.index(max(wrong))]} ({max(wrong)})' if max(wrong) else '-'])
+    return markdown_table(['class', 'faces', 'precision', 'recall', 'F1', 'mostly mistaken for'], rows)
 
 
 def _robustness(measured: dict[str, Any]) -> str:
     rows = []
     for row in measured['rows'].values():
-        low, high = row['difference_interval']
-        rows.append([
-            row['what'], _with_interval(row, 'accuracy'),
-            f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", _num(row['agreement'])])
-    return _table(['images', 'accuracy', 'difference, in points', 'same label'], rows)
-
-
-def _common(metrics: dict[str, Any]) -> str:
-    """How much of a split its two largest classes are."""
-    counts = {name: row['count'] for name, row in metrics['per_class'].items()}
-    first, second = sorted(counts, key=lambda name: -counts[name])[:2]
-    return f'{100 * (counts[first] + counts[second]) / metrics["count"]:.0f} % of which are {first} or {second}'
-
-
-def _run_row(run: dict[str, Any], input_size: Sequence[int]) -> dict[str, str]:
-    cells = run_cells({**find_recipe(run['settings']), **run})
-    return {**cells, 'size': str(input_size[-1])} if cells['size'] == "model's" else cells
-
-
-def _runs(rows: Sequence[dict[str, str]]) -> str:
-    if not rows:
-        return ''
-    headers = [
-        'recipe', 'model', 'epochs', 'size', 'batch', 'optimiser', 'augmentation', 'loss', 'seed', 'validation curve']
-    return _table(['', *headers], [[i, *(row[key] for key in headers)] for i, row in enumerate(rows, 1)])
-
-
-def speed_table(name: str, results: Path = RESULTS) -> str | None:
-    """Milliseconds a face by machine, runtime and batch size, from reports of `timm-lfnsb bench --json` (bench*.json).
-
-    Args:
-        name: Name of the weights; rows of the bare network count as well, for weights do not change the speed.
-        results: Folder of the reports.
-
-    Returns:
-        A Markdown table, of each network the fastest form and memory format; None without a measured row.
-    """
-    rows = []
-    for path in sorted(results.glob('bench*.json')):
-        report = json.loads(path.read_text(encoding='utf-8'))
-        fastest: dict[tuple[str, int], dict[str, Any]] = {}
-        for row in report['results']:
-            key = row['runtime'], row['batch']
-            if row['task'] != 'predict' or row['model'] not in (name, name.split('.')[0]) or 'ms_per_image' not in row:
-                continue
-            if row['form'] in ('unoptimised', 'convolutions'):
-                continue
-            if key not in fastest or _median(row) < _median(fastest[key]):
-                fastest[key] = row
-        machine, peer = report['machine'], report['settings'].get('peer')
-        where = machine.get('gpu') or f"{processor(machine)}, {machine['threads']} threads"
-        for (runtime, batch), row in fastest.items():
-            ratio = f"{row['ratio']['median']:.2f} x {peer}" if row.get('ratio') else '-'
-            rows.append([where, RUNTIMES.get(runtime, runtime), batch, f'{_median(row):.3g}', ratio])
-    return _table(['machine', 'runtime', 'batch', 'milliseconds a face', 'time relative to'], rows) if rows else None
-
-
-def _median(row: dict[str, Any]) -> float:
-    return row['ms_per_image']['median']
+        points = [f'{100 * value:+.1f}' for value in (row['difference'], *row['difference_interval'])]
+        rows.append([row['what'], _figure(row, 'accuracy'), '{} [{}, {}]'.format(*points), f"{row['agreement']:.3f}"])
+    return markdown_table(['images', 'accuracy', 'difference, in points', 'same label'], rows)
