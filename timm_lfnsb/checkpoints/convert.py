@@ -15,7 +15,8 @@ from timm.models import clean_state_dict
 from ..data.readers import FERPLUS_COLUMNS, RAFDB_LABELS
 from ..errors import UserError
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8, canonical_name
-from ..models.networks import _ARCHS, _rename_authors_keys
+from ..models.networks import default_cfgs
+from ..models.released_keys import rename_keys
 from ..util.files import file_sha256
 from .pack import check_new, write_folder
 from .pickles import StandIn, load, shown
@@ -65,8 +66,8 @@ def convert(
     Raises:
         UserError: When the file, the model and the labels do not fit; nothing is written then.
     """
-    if model not in _ARCHS:
-        raise UserError(f"there is no model {model} to convert to: choose one of {', '.join(_ARCHS)}.")
+    if model not in default_cfgs:
+        raise UserError(f"there is no model {model} to convert to: choose one of {', '.join(default_cfgs)}.")
     check_new(out_dir)
     value, foreign = load(source)
     try:
@@ -77,7 +78,7 @@ def convert(
         num_classes = len(weight) if weight is not None and weight.ndim == 2 and weight.numel() else 0
         taken, unused, problems = compare(tensors, model, num_classes)
         if problems:
-            for other in _ARCHS:
+            for other in default_cfgs:
                 if not compare(tensors, other, num_classes)[2]:
                     raise UserError(f'is of the network {other}, not {model}: give --model {other}.')
             raise UserError(f"does not fit the network {model}: {'; '.join(problems)}.")
@@ -184,7 +185,7 @@ def compare(tensors: Mapping[str, Any], model: str, num_classes: int) -> tuple[d
     taken: dict[str, str] = {}
     unused, unexpected, twice, shapes = [], [], [], []
     for key, value in tensors.items():
-        ours = next(iter(_rename_authors_keys({key: value}, network)), None) if authors else key
+        ours = next(iter(rename_keys({key: value}, network)), None) if authors else key
         if ours is None:
             unused.append(key)
         elif ours not in wanted:
