@@ -72,7 +72,7 @@ WRONG_CALLS = [
     ('evaluate --model no_such_model --data-dir {faces} --out {new}', 'no_such_model', 1),
     ('evaluate --model lfnsb.rafdb --data-dir {faces} --out {new}', 'lfnsb.rafdb', 1),
     ('evaluate --model lfnsb.ferplus --data-dir {missing} --out {new}', 'missing', 1),
-    ('evaluate --model lfnsb.ferplus --data-dir {faces} --split validation --out {new} --device nonsense', 'nonsense', 1),
+    ('evaluate --model lfnsb.ferplus --data-dir {faces} --split validation --out {new} --device wrong', 'wrong', 1),
     ('evaluate --model lfnsb.ferplus --data-dir {faces} --out {new} --compare no_such_model', 'no_such_model', 1),
     ('evaluate --model lfnsb.ferplus --data-dir {faces} --out {new} --tta vflip', 'vflip', 2),
     ('export no_such_model {new}.onnx', 'no_such_model', 1), ('export lfnsb.ferplus {new}.jpg', '.jpg', 1),

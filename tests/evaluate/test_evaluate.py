@@ -1,6 +1,7 @@
 """Evaluation: the figures against plain recomputation, names in any order, and one sentence for what goes wrong."""
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -13,25 +14,16 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-pytest.importorskip('sklearn')
-pytest.importorskip('scipy')
-pytest.importorskip('matplotlib')
-
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
-
 from timm_lfnsb.cli import main
+from timm_lfnsb.errors import UserError
 from timm_lfnsb.evaluate.figures import confusion_figure, reliability_figure
-from timm_lfnsb.evaluate.predictions import (
-    EvaluationError,
-    Predictions,
-    compare_predictions,
-    compute_metrics,
-    evaluate_folder,
-    predict_folder,
-)
+from timm_lfnsb.evaluate.metrics import compare_predictions, compute_metrics
+from timm_lfnsb.evaluate.predictions import Predictions, predict_folder
+from timm_lfnsb.evaluate.report import evaluate_folder
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
 from timm_lfnsb.models.networks import MixedFeatureNet
 
@@ -109,15 +101,6 @@ def run(*args):
     return CliRunner().invoke(main, ['evaluate', *map(str, args)])
 
 
-def refused(*args):
-    """Output of a command that must fail with one sentence and no traceback."""
-    result = run(*args)
-    assert result.exit_code != 0 and isinstance(result.exception, SystemExit), result.output
-    errors = [line for line in result.output.splitlines() if line.startswith('Error: ')]
-    assert len(errors) == 1 and 'Traceback' not in result.output
-    return errors[0]
-
-
 def close(a, b):
     """Equal up to the last bits of sums in another order."""
     if isinstance(a, dict):
@@ -193,7 +176,7 @@ def test_tta_is_the_mean_over_the_mirror_image(model, tree, predictions):
     with torch.no_grad():
         both = model(torch.stack([image, image.flip(-1)])).softmax(1).mean(0).numpy()
     assert np.allclose(flipped.probabilities[0], both, atol=1e-5)
-    with pytest.raises(EvaluationError, match='hflip'):
+    with pytest.raises(UserError, match='hflip'):
         predict_folder(model, tree, tta='vflip', **FAST)
 
 
@@ -263,6 +246,8 @@ def test_a_class_that_is_never_predicted_has_precision_zero():
     assert cross['precision'] == cross['recall'] == cross['f1'] == 0
     assert cross['precision_interval'] is None and cross['recall_interval'][0] == pytest.approx(0)
     assert metrics['macro_f1'] == pytest.approx(1 / 3) and metrics['balanced_accuracy'] == 0.5
+    sure = compute_metrics(Predictions(['a'], np.array([1]), np.array([[0, 1]], np.float32), ('calm', 'cross')))
+    assert sure['calibration'][-1]['count'] == 1 and sure['ece'] == 0
 
 
 def test_ece_agrees_with_a_loop():
@@ -281,15 +266,11 @@ def test_ece_agrees_with_a_loop():
     assert metrics['ece'] == pytest.approx(ece) and ece > 0.01
 
 
-def test_full_confidence_falls_into_the_last_bin():
-    predictions = Predictions(['a'], np.array([1]), np.array([[0, 1]], np.float32), ('calm', 'cross'))
-    metrics = compute_metrics(predictions)
-    assert metrics['calibration'][-1]['count'] == 1 and metrics['ece'] == 0
-
-
-def test_metrics_need_images():
-    with pytest.raises(EvaluationError, match='no predictions'):
+def test_metrics_need_images_and_a_comparison_the_same():
+    with pytest.raises(UserError, match='no predictions'):
         compute_metrics(Predictions([], np.zeros(0, int), np.zeros((0, 7), np.float32), EXPRESSIONS_7))
+    with pytest.raises(UserError, match='different images'):
+        compare_predictions(random_predictions(n=10), random_predictions(n=11))
 
 
 # Comparison
@@ -312,11 +293,6 @@ def test_comparison_agrees_with_a_binomial_sum_and_a_bootstrap_over_images():
     rng = np.random.default_rng(1)
     draws = [rng.choice(a.astype(float) - b, 400).mean() for _ in range(2000)]
     assert comparison['difference_interval'] == pytest.approx(np.percentile(draws, (2.5, 97.5)), abs=0.01)
-
-
-def test_comparison_needs_the_same_images():
-    with pytest.raises(EvaluationError, match='different images'):
-        compare_predictions(random_predictions(n=10), random_predictions(n=11))
 
 
 # The command
@@ -368,20 +344,19 @@ def test_missing_class_checksum_and_tta_are_reported(saved, tmp_path):
     assert not (tmp_path / 'out' / 'compare.json').exists()
 
     (tmp_path / 'data' / 'dataset.json').write_text('[')
-    assert 'dataset.json' in refused('--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path / 'out')
+    with pytest.raises(UserError, match=r'dataset\.json'):
+        evaluate_folder(saved, tmp_path / 'data', tmp_path / 'out', 'validation', **FAST)
 
 
-def test_an_unknown_folder_is_refused_with_both_lists(saved, tmp_path):
-    make_tree(tmp_path / 'data', ['contempt', 'anger'])
-    error = refused('--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path / 'out', '--workers', 0)
-    assert "'contempt'" in error and '[anger, contempt]' in error and ', '.join(EXPRESSIONS_7) in error
+def test_folders_that_the_model_does_not_know_are_refused(model, saved, tmp_path):
+    make_tree(tmp_path / 'eight', ['contempt', 'anger'])
+    save_for_hf(make_model(EXPRESSIONS_8), tmp_path / 'model', safe_serialization=True)
+    with pytest.raises(UserError, match=f"^{saved}: unknown .*'contempt'.*anger, contempt.*{', '.join(EXPRESSIONS_7)}"):
+        evaluate_folder(f"local-dir:{tmp_path / 'model'}", tmp_path / 'eight', tmp_path / 'out', compare=saved, **FAST)
     assert not list((tmp_path / 'out').iterdir())
-
-
-def test_nested_folders_are_not_left_out_silently(model, tmp_path):
-    make_tree(tmp_path, folders={'anger': 'anger/person1'})
-    with pytest.raises(EvaluationError, match="'person1'"):
-        predict_folder(model, tmp_path, **FAST)
+    make_tree(tmp_path / 'nested', folders={'anger': 'anger/person1'})
+    with pytest.raises(UserError, match="'person1'"):
+        predict_folder(model, tmp_path / 'nested', **FAST)
 
 
 def test_every_image_format_counts(model, tmp_path):
@@ -392,81 +367,64 @@ def test_every_image_format_counts(model, tmp_path):
     assert len(predict_folder(model, tmp_path, **FAST).files) == 23
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.parametrize('content', [b'', b'no image', 'truncated'])
+@pytest.mark.parametrize('workers, content', [(0, b''), (0, b'no image'), (0, 'truncated'), (1, 'truncated')])
 def test_an_unreadable_image_is_named(saved, tmp_path, workers, content):
     make_tree(tmp_path / 'data')
     broken = tmp_path / 'data' / 'test' / 'fear' / 'fear1.png'
     broken.write_bytes(broken.read_bytes()[:600] if content == 'truncated' else content)
-    error = refused(
-        '--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path / 'out', '--workers', workers)
-    assert str(broken) in error
-    assert not list((tmp_path / 'out').iterdir())
+    result = run('--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path / 'out', '--workers', workers)
+    assert result.exit_code == 1 and f'\nError: cannot read the image {broken}' in result.stderr
+    assert 'Traceback' not in result.output and not list((tmp_path / 'out').iterdir())
 
 
-def test_images_in_the_wrong_place_are_refused(saved, tree, tmp_path):
-    error = refused('--model', saved, '--data-dir', tree, '--out', tmp_path, '--split', 'val')
-    assert "'val'" in error and error.endswith('there: test.')
-    assert 'no data folder' in refused('--model', saved, '--data-dir', tmp_path / 'no', '--out', tmp_path)
-    (tmp_path / 'data' / 'test' / 'anger').mkdir(parents=True)
-    assert 'no images' in refused('--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path)
-    Image.new('RGB', (9, 9)).save(tmp_path / 'data' / 'test' / 'loose.png')
-    assert 'outside' in refused('--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path)
+def test_images_in_the_wrong_place_are_refused(model, tree, tmp_path):
+    (tmp_path / 'test' / 'anger').mkdir(parents=True)
+    for folder, split, message in ((tree, 'val', "'val'; folders there: test"), (tmp_path, 'test', 'no images'),
+                                   (tmp_path / 'no', 'test', 'no data folder')):
+        with pytest.raises(UserError, match=message):
+            predict_folder(model, folder, split, **FAST)
+    Image.new('RGB', (9, 9)).save(tmp_path / 'test' / 'loose.png')
+    with pytest.raises(UserError, match='outside of the label folders'):
+        predict_folder(model, tmp_path, **FAST)
 
 
-def test_unusable_models_are_refused(saved, tree, tmp_path):
-    def evaluate(name, *more):
-        return refused('--model', name, '--data-dir', tree, '--out', tmp_path / 'out', *more)
-
-    assert 'no trained weights' in evaluate('lfnsb.rafdb')
-    assert 'Unknown model' in evaluate('no_such_model')
-    assert 'config.json' in evaluate(f"local-dir:{tmp_path / 'nothing'}").lower()
-    assert 'no_such_model' in evaluate(saved, '--compare', 'no_such_model')
-    assert 'device' in evaluate(saved, '--device', 'nonsense')
-
-    folder = tmp_path / 'changed'
-    save_for_hf(make_model(EXPRESSIONS_7), folder, safe_serialization=True)
-    config = json.loads((folder / 'config.json').read_text())
-    for names, message in (EXPRESSIONS_8, '7 classes'), (['anger', *EXPRESSIONS_7[:5], 'angry'], '7 classes'), (
-            None, 'no label_names'):
-        config.pop('label_names', None)
-        config['pretrained_cfg']['label_names'] = names
-        (folder / 'config.json').write_text(json.dumps(config))
-        assert message in evaluate(f'local-dir:{folder}')
-    (folder / 'model.safetensors').write_bytes(b'broken')
-    assert 'cannot load' in evaluate(f'local-dir:{folder}')
+@pytest.mark.parametrize('names, message', [
+    (EXPRESSIONS_8, '7 classes'), (['anger', *EXPRESSIONS_7[:5], 'angry'], '7 classes'), (None, 'no label_names')])
+def test_models_with_unusable_label_names_are_refused(model, tree, names, message):
+    unusable = copy.copy(model)
+    unusable.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names}
+    with pytest.raises(UserError, match=message):
+        predict_folder(unusable, tree, **FAST)
 
 
 def test_broken_weights_are_refused(tree):
     broken = make_model(EXPRESSIONS_7)
     with torch.no_grad():
         broken.fc.bias.fill_(float('nan'))
-    with pytest.raises(EvaluationError, match='not finite'):
+    with pytest.raises(UserError, match='not finite'):
         predict_folder(broken, tree, **FAST)
-
-
-def test_the_model_that_does_not_know_a_class_is_named(saved, tmp_path):
-    make_tree(tmp_path / 'data', EXPRESSIONS_8)
-    save_for_hf(make_model(EXPRESSIONS_8), tmp_path / 'eight', safe_serialization=True)
-    eight = f"local-dir:{tmp_path / 'eight'}"
-    with pytest.raises(EvaluationError, match=f'^{saved}: unknown class'):
-        evaluate_folder(eight, tmp_path / 'data', tmp_path / 'out', compare=saved, **FAST)
 
 
 def test_a_failed_write_leaves_the_old_report(saved, tree, tmp_path, monkeypatch):
     (tmp_path / 'metrics.json').write_text('old')
-    monkeypatch.setattr('timm_lfnsb.evaluate.json.dumps', lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(json, 'dumps', lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate_folder(saved, tree, tmp_path, **FAST)
     assert (tmp_path / 'metrics.json').read_text() == 'old'
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.')]
 
 
-def test_a_missing_extra_is_named(saved, tree, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, 'timm_lfnsb.evaluate.predictions')
-    monkeypatch.setitem(sys.modules, 'sklearn.metrics', None)
-    error = refused('--model', saved, '--data-dir', tree, '--out', tmp_path)
-    assert 'timm-lfnsb[eval]' in error and 'sklearn' in error
+@pytest.mark.parametrize('package', ['sklearn', 'scipy', 'matplotlib'])
+def test_a_missing_extra_is_named(tree, tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.startswith('timm_lfnsb.evaluate')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    for command in (['evaluate', '--model', 'lfnsb', '--out', tmp_path], ['weights', 'robustness', 'lfnsb.ferplus'],
+                    ['weights', 'verify']):
+        result = CliRunner().invoke(main, [*map(str, command), '--data-dir', str(tree)])
+        assert result.exit_code == 1 and f"needs {package}: pip install 'timm-lfnsb[eval]'" in result.output
+    for command in (['weights', 'list'], ['count', 'lfnsb'], ['recipe', 'list']):
+        assert CliRunner().invoke(main, command).exit_code == 0
 
 
 # Figures
