@@ -21,6 +21,9 @@ HUB_REVISIONS: dict[str, str | None] = {'lfnsb.ferplus': None, 'lfn_small.ferplu
 
 A pin holds for `DEFAULT_ORG` alone."""
 
+INPUT_SIZES: dict[str, int] = {}
+"""Height and width in pixels that embedded weights are for, where that is not 112."""
+
 
 def hub_id(name: str) -> str:
     """Hub repository of own weights, for instance 'timm-lfnsb/lfnsb.ferplus'."""
