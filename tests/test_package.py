@@ -39,3 +39,27 @@ def test_wheel_and_sdist(tmp_path):
     assert wanted <= in_sdist
     assert not [name for name in in_wheel | in_sdist if name.endswith(('.png', '.jpg', '.zip', '.csv', '.pth', '.bin'))]
     assert max(path.stat().st_size for path in files) < 20e6
+
+
+def test_extras_are_imported_only_where_they_are_what_it_is_for():
+    """Importing the package imports neither OpenCV nor scikit-image; predict and most commands need no extra."""
+    code = '''
+import importlib, sys
+from pathlib import Path
+for name in ('sklearn', 'scipy', 'matplotlib', 'onnx', 'onnxruntime', 'openvino', 'executorch', 'transformers'):
+    sys.modules[name] = None
+import timm_lfnsb, timm_lfnsb.errors
+assert not {'cv2', 'skimage', 'fvcore'} & set(sys.modules)
+timm_lfnsb.align_face
+assert 'cv2' in sys.modules
+for path in sorted(Path(timm_lfnsb.__path__[0]).rglob('[!_]*.py')):
+    name = '.'.join(path.with_suffix('').relative_to(Path(timm_lfnsb.__path__[0]).parent).parts)
+    try:
+        importlib.import_module(name)
+    except (ImportError, timm_lfnsb.errors.UserError):
+        print(name)
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folders = {name.split('.')[1] for name in done.stdout.split()}
+    assert folders <= {'evaluate', 'experiments'}, done.stdout  # they measure
