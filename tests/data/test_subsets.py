@@ -12,7 +12,6 @@ from PIL import Image
 from timm_lfnsb.data.subsets import (
     assign_folds,
     choose_subset,
-    label_of,
     list_images,
     near_identical_groups,
     write_folds,
@@ -21,6 +20,10 @@ from timm_lfnsb.data.subsets import (
 from timm_lfnsb.errors import UserError
 
 LABELS = ('neutral', 'happiness', 'sadness', 'anger')
+
+
+def label_of(image: str) -> str:
+    return image.split('/')[-2]
 
 
 def numbered(**counts: int) -> list[str]:

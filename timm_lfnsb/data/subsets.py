@@ -6,12 +6,11 @@ its path SPLIT/LABEL/FILE below the data folder, with forward slashes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,23 +23,15 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..util.files import write_json
 
-COARSE, FINE, SHIFT = 12, 32, 2
-"""Side of the thumbnails that are compared all with all and of those that confirm, and the shift tried, in pixels."""
-
-COARSE_SIMILARITY, SIMILARITY = 0.87, 0.92
-"""Correlation from which a pair is looked at more closely, and from which its images are near-identical.
-
-Chosen on FER+, by eye: above 0.92 nearly all pairs are one photograph (cropped, brightened, compressed, watermarked or
-mirrored anew), below 0.9 most are two people. A wrong pair costs nothing but that two faces share a fold.
-"""
-
 FOLD_METHOD = 1
 """To be raised where a change here gives other folds."""
 
-
-def label_of(image: str) -> str:
-    """Name of an image's label folder."""
-    return PurePosixPath(image).parent.name
+# Side of the thumbnails compared all with all and of those that confirm, and the shift tried, in pixels; correlation
+# from which a pair is looked at more closely, and from which its images are near-identical. Chosen on FER+, by eye:
+# above 0.92 nearly all pairs are one photograph (cropped, brightened, compressed or mirrored anew), below 0.9 most are
+# two people. A wrong pair costs nothing but that two faces share a fold.
+COARSE, FINE, SHIFT = 12, 32, 2
+COARSE_SIMILARITY, SIMILARITY = 0.87, 0.92
 
 
 def list_images(data_dir: Path, split: str | None = None) -> list[str]:
@@ -66,24 +57,21 @@ def choose_subset(images: Sequence[str], count: int, seed: int = 0) -> list[str]
     Each class gets its share of `count`, rounded so that the sum is exact (largest remainder), and at least one image.
 
     Raises:
-        UserError: When the count is smaller than the number of classes, or larger than the number of images.
+        UserError: When the count is below the number of classes, or above that of images.
     """
     classes: defaultdict[str, list[str]] = defaultdict(list)
     for image in sorted(images):
-        classes[label_of(image)].append(image)
+        classes[image.split('/')[-2]].append(image)
     if not len(classes) <= count <= len(images):
         raise UserError(f'a subset of {count} cannot be drawn from {len(images)} images of {len(classes)} classes.')
     exact = {label: count * len(members) / len(images) for label, members in classes.items()}
-    sizes = {label: max(1, int(share)) for label, share in exact.items()}
-    while missing := count - sum(sizes.values()):
-        # Classes lifted to one image may have taken too many: then the best-served ones give some back.
-        step = 1 if missing > 0 else -1
-        movable = [label for label in sizes if step > 0 or sizes[label] > 1]
-        sizes[max(movable, key=lambda label: (step * (exact[label] - sizes[label]), label))] += step
+    sizes = dict.fromkeys(classes, 1)
+    for _ in range(count - len(classes)):
+        sizes[max(sizes, key=lambda label: (exact[label] - sizes[label], label))] += 1
     chosen = []
-    for members in classes.values():
+    for label, members in classes.items():
         order = np.random.default_rng([seed, len(members)]).permutation(len(members))
-        chosen += [members[i] for i in order[:sizes[label_of(members[0])]]]
+        chosen += [members[i] for i in order[:sizes[label]]]
     return sorted(chosen)
 
 
@@ -105,19 +93,13 @@ def write_subset(data_dir: Path, train_split: str, chosen: Sequence[str], target
                 _link(path, tree / path.name)
 
 
-def near_identical_groups(images: Sequence[np.ndarray], progress: bool = False) -> np.ndarray:
+def near_identical_groups(images: Sequence[np.ndarray]) -> np.ndarray:
     """Number the images so that near-identical ones, and those linked by others, get one number.
 
     Similarity is Pearson's correlation of grey values, which ignores brightness and contrast. All pairs are compared at
     12x12, where a shift by a pixel of a 48 px face hardly shows; those that correlate by over 0.87 again at 32x32,
-    shifted by up to two pixels in each direction, as they are and mirrored.
-
-    Args:
-        images: Grey images of any size, uint8 (H, W).
-        progress: Show a progress bar on stderr.
-
-    Returns:
-        Group numbers (N,), from 0.
+    shifted by up to two pixels in each direction, as they are and mirrored. Takes N grey images of any size, uint8
+    (H, W), and returns group numbers (N,) from 0.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -132,7 +114,7 @@ def near_identical_groups(images: Sequence[np.ndarray], progress: bool = False) 
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-3)
     pairs = []
     step = max(1, 2 ** 24 // total)
-    for start in tqdm(range(0, total, step), desc='comparing images', disable=None if progress else True):
+    for start in tqdm(range(0, total, step), desc='comparing images', disable=None):
         similar = vectors[start:min(start + step, total)] @ vectors[start:].T > COARSE_SIMILARITY
         candidates = np.argwhere(similar) + start
         for first, second in candidates[candidates[:, 1] % total > candidates[:, 0]]:
@@ -171,15 +153,7 @@ def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: i
         TARGET/run-I/validation           that one
         TARGET/folds.json                 what was done
 
-    Args:
-        data_dir: Folder SPLIT/LABEL/FILE.
-        folds: Number of folds.
-        target: Folder to write; one with these very folds is left as it is.
-        checksum: The data's, to tell other folds apart.
-        seed: Of the draw.
-
-    Returns:
-        The content of folds.json.
+    A target with these very folds, told by the data's checksum, is left as it is. Returns the content of folds.json.
 
     Raises:
         UserError: When the target holds other folds, an image cannot be read, or a class has too few images.
@@ -191,14 +165,13 @@ def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: i
             return description
         raise UserError(f'{target} holds other folds: remove it or choose another folder.')
     images = list_images(data_dir)
-    pixels = [_read_grey(data_dir / image) for image in tqdm(images, desc='reading images', disable=None)]
-    groups = near_identical_groups(pixels, progress=True)
-    assigned = assign_folds([label_of(image) for image in images], groups, folds, seed)
+    groups = near_identical_groups([_read_grey(data_dir / image) for image in images])
+    assigned = assign_folds([image.split('/')[-2] for image in images], groups, folds, seed)
     sizes = np.bincount(groups)
     counts: list[Counter[str]] = [Counter() for _ in range(folds)]
     with _building(target) as tree:
         for image, fold in zip(images, assigned, strict=True):
-            *splits, label, name = PurePosixPath(image).parts
+            *splits, label, name = image.split('/')
             counts[fold][label] += 1
             _link(data_dir / image, tree / f'fold-{fold}' / label / '-'.join([*splits, name]))
         for run in range(folds):
@@ -238,10 +211,10 @@ def _building(target: Path) -> Iterator[Path]:
 
 
 def _link(source: Path, link: Path) -> None:
-    """Make a symbolic link, or a copy where the system allows none; a relative source is relative to the link."""
+    """Make a symbolic link, or a copy where the system allows none; the source is absolute or relative to the link."""
     link.parent.mkdir(parents=True, exist_ok=True)
     origin = link.parent / source
     try:
-        os.symlink(source if not source.is_absolute() else source.resolve(), link, target_is_directory=origin.is_dir())
+        link.symlink_to(source, target_is_directory=origin.is_dir())
     except OSError:
         (shutil.copytree if origin.is_dir() else shutil.copy2)(origin, link)

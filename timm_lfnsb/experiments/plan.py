@@ -123,8 +123,7 @@ class Plan:
         changes = [split] if split and split != (self.val_split or 'validation') else []
         self.name = '-'.join([experiment, *changes, *(['last'] if checkpoint == 'last' else [])])
         self.images = list_images(data_dir, None if self.folds else self.train_split)
-        if subset:
-            self.images = choose_subset(self.images, subset)
+        self.images = choose_subset(self.images, subset) if subset else self.images
         for name in () if self.folds else {self.val_split, self.split} - {''}:
             list_images(data_dir, name)
         self.parts_dir = out / 'data' / (f'folds-{folds}' if self.folds else f'subset-{subset}')
