@@ -13,7 +13,6 @@ from .metrics import compute_metrics
 from .predictions import Predictions
 
 TEMPERATURES = (0.05, 100.)
-"""Range a temperature is looked for in."""
 
 
 def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarray:
@@ -23,10 +22,7 @@ def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarr
 
 
 def scale(predictions: Predictions, temperature: float) -> Predictions:
-    """Predictions as they would be with the logits divided by a temperature; the labels stay the same.
-
-    The softmax of log p / T is that of logits / T, for they differ by a constant.
-    """
+    """Predictions as they would be with the logits, and so log p as well, divided by a temperature."""
     return replace(predictions, probabilities=np.exp(_log_probabilities(predictions, temperature)))
 
 
@@ -58,12 +54,7 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def measure_calibration(validation: Predictions, test: Predictions) -> dict[str, Any]:
-    """Fit the temperature on one split and say what it does to another.
-
-    Returns:
-        A dict that JSON can hold: `temperature`, `fitted_on` and `measured_on` (the names of the splits), and of the
-        latter `ece`, `ece_scaled`, `nll`, `nll_scaled` (mean negative log-likelihood in nats).
-    """
+    """Fit the temperature on one split, and measure `ece` and `nll` of another without and with it (`_scaled`)."""
     temperature = fit_temperature(validation)
     return {
         'temperature': temperature,

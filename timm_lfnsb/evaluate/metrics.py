@@ -22,11 +22,9 @@ def _wilson(successes: int, trials: int) -> list[float] | None:
 
 
 def calibration_bins(predictions: Predictions) -> list[dict[str, Any]]:
-    """Count images, accuracy and mean confidence in 15 bins (i / 15, (i + 1) / 15] of the highest probability.
+    """Images, accuracy and mean confidence (None where there are no images) in each of 15 bins of confidence.
 
-    Returns:
-        A dict with `low`, `high`, `count`, `accuracy` and `confidence` for each bin; the last two are None in empty
-        bins.
+    A bin (low, high] holds the images whose highest probability is in it.
     """
     confidence = predictions.probabilities.max(axis=1).astype(np.float64)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
@@ -43,22 +41,16 @@ def calibration_bins(predictions: Predictions) -> list[dict[str, Any]]:
 
 
 def compute_metrics(predictions: Predictions) -> dict[str, Any]:
-    """Compute the figures of a classifier.
+    """Compute the figures of a classifier, as a dict that JSON can hold.
 
-    Averages over classes run over the classes that occur in the data: `balanced_accuracy` is then scikit-learn's
-    `balanced_accuracy_score`, and `macro_f1` its `f1_score(average='macro')` with these classes as `labels`. A class
-    that occurs but is never predicted has precision 0.
+    Averages run over the classes that occur in the data: `balanced_accuracy` and `macro_f1` are then scikit-learn's. A
+    class that occurs but is never predicted has precision 0, one that does not occur has None throughout. `confusion`
+    has true classes in rows, predicted ones in columns.
 
     Intervals: Wilson's score interval for accuracy, precision and recall; the same, through the Jaccard index, for F1
     ("Wilson indirect" of arXiv 2309.14621); for the balanced accuracy the percentiles of 1000 bootstrap resamples of
-    the images within each class, with a fixed seed, which is too narrow for classes of few images. The expected
-    calibration error is that of arXiv 1706.04599, equation (3), over `calibration_bins`.
-
-    Returns:
-        A dict that JSON can hold: `count`, `accuracy`, `balanced_accuracy`, the two with `_interval`, `macro_f1`,
-        `ece`, `label_names`, `absent` (names of the classes without images), `per_class` (by name: `count`,
-        `precision`, `recall`, `f1`, each with `_interval`; all None for absent classes), `confusion` (rows true,
-        columns predicted, both in the order of `label_names`) and `calibration`.
+    the images within each class, with a fixed seed, which is too narrow for classes of few images. `ece` is the
+    expected calibration error of arXiv 1706.04599, equation (3), over the bins in `calibration`.
 
     Raises:
         UserError: When there are no images.
@@ -109,13 +101,9 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
     """Compare two models on the same images: McNemar's exact test and the difference of the accuracies.
 
-    The p-value is that of a fair coin for the images that only one of the models has right, two-sided; 1 without such
-    images. The interval of `difference` (first minus second) is the percentiles of 1000 paired bootstrap resamples of
-    the images, with a fixed seed. The models' class orders may differ.
-
-    Returns:
-        A dict with `count`, the numbers of images `both_right`, `only_first_right`, `only_second_right` and
-        `both_wrong`, `p_value`, `difference` and `difference_interval`.
+    The p-value is two-sided, and 1 where no image is right for one model only. The interval of `difference` (first
+    minus second) is the percentiles of 1000 paired bootstrap resamples of the images, with a fixed seed. The models'
+    class orders may differ.
 
     Raises:
         UserError: When the images are not the same.
@@ -123,18 +111,18 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
     if list(first.files) != list(second.files) or not len(first.files):
         raise UserError('the two predictions are of different images, or of none: predict the same folder.')
     total = len(first.files)
-    only_first = int((first.correct & ~second.correct).sum())
-    only_second = int((~first.correct & second.correct).sum())
+    both, neither = first.correct & second.correct, ~first.correct & ~second.correct
+    only_first, only_second = (int((model.correct & ~both).sum()) for model in (first, second))
     discordant = only_first + only_second
     # Resampling images draws the two discordant numbers from a multinomial distribution.
     draws = np.random.default_rng(0).multinomial(
         total, np.array([only_first, only_second, total - discordant]) / total, RESAMPLES)
     return {
         'count': total,
-        'both_right': int((first.correct & second.correct).sum()),
+        'both_right': int(both.sum()),
         'only_first_right': only_first,
         'only_second_right': only_second,
-        'both_wrong': int((~first.correct & ~second.correct).sum()),
+        'both_wrong': int(neither.sum()),
         'p_value': float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
         'difference': (only_first - only_second) / total,
         'difference_interval': np.percentile((draws[:, 0] - draws[:, 1]) / total, (2.5, 97.5)).tolist(),

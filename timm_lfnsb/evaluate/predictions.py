@@ -22,13 +22,13 @@ from ..models.loading import load_model
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says about the images of one folder.
+    """What a model says about the images of one folder: N images, C classes.
 
     Attributes:
-        files: N paths below the split's folder, with forward slashes, in timm's order.
+        files: Paths below the split's folder, with forward slashes, in timm's order.
         labels: True class indices (N,), int64, into `label_names`.
-        probabilities: Softmax outputs (N, C), float32; each row sums to 1.
-        label_names: The model's C class names in the order of its outputs.
+        probabilities: Softmax outputs (N, C), float32.
+        label_names: The model's class names in the order of its outputs.
     """
     files: Sequence[str]
     labels: np.ndarray
@@ -100,13 +100,9 @@ def predict_folder(
 
     Args:
         model: A timm model, which is moved to the device and set to eval mode, or a name for `load_model`.
-        data_dir: Folder that holds the folders of the splits.
-        split: One of them.
         tta: 'hflip' for the mean of the softmax outputs of an image and its mirror image.
-        batch_size: Images at a time; a matter of speed only.
         device: See `to_device`.
         workers: Processes that read images, 0 for none.
-        progress: Show a progress bar on stderr.
         perturb: What to do to each image before the preprocessing, see `robustness`.
 
     Raises:

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
 from timm.data import resolve_model_data_config
 
 from ..data.prepare import DESCRIPTION, read_description
@@ -31,20 +33,19 @@ def evaluate_folder(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Evaluate a model on DATA_DIR/SPLIT and write the report into a folder.
 
-    Writes `metrics.json`, `predictions.csv`, `confusion.png` and `reliability.png`, and `compare.json` where there is
-    a model to compare with. Files of these names are replaced, each as a whole.
+    Writes metrics.json, predictions.csv, confusion.png and reliability.png, and compare.json where there is another
+    model to `compare` with on the same images. Files of these names are replaced, each as a whole.
 
     Args:
-        model_name: A name for `load_model`.
+        model_name: A name for `load_model`, and so is `compare`.
         data_dir: As for `predict_folder`, which also takes `split`, `tta` and the further `options`.
         out_dir: Folder for the report, made if need be.
-        compare: Name of another model to compare with on the same images.
 
     Returns:
-        The content of `metrics.json`, and of `compare.json` or None.
+        The content of metrics.json, and of compare.json or None.
 
     Raises:
-        UserError: See `predict_folder`; also when `dataset.json` in the data folder is damaged.
+        UserError: See `predict_folder`; also when dataset.json in the data folder is damaged.
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -98,22 +99,23 @@ def evaluate_folder(
 def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
     """Format what `evaluate_folder` returns as a table, in percent, with 95 % intervals in brackets."""
     def percent(figures: dict[str, Any], key: str) -> str:
-        text = f'{100 * figures[key]:5.1f}'
         interval = figures.get(f'{key}_interval')
-        return text + (f' [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]' if interval else '')
+        return f'{100 * figures[key]:.1f}' + (f' [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]' if interval else '')
 
-    augmented = f", tta {metrics['tta']}" if metrics['tta'] else ''
-    lines = [f"{metrics['model']} on {metrics['split']}: {metrics['count']} images{augmented}", '']
-    for key, title in (('accuracy', 'accuracy'), ('balanced_accuracy', 'balanced accuracy'), ('macro_f1', 'macro F1'),
-                       ('ece', 'ECE')):
-        lines.append(f'{title:<18}{percent(metrics, key)}')
-    width = max(len('class'), *map(len, metrics['label_names']))
-    lines += ['', f"{'class':<{width}}  {'count':>6}   {'precision':<20} {'recall':<20} F1"]
+    averages = {'accuracy': 'accuracy', 'balanced_accuracy': 'balanced accuracy', 'macro_f1': 'macro F1', 'ece': 'ECE'}
+    classes = []
     for name, figures in metrics['per_class'].items():
-        cells = [f'{percent(figures, key):<20}' for key in ('precision', 'recall', 'f1')] if figures['count'] else [
+        cells = [percent(figures, key) for key in ('precision', 'recall', 'f1')] if figures['count'] else [
             'absent from the data']
-        lines.append(f"{name:<{width}}  {figures['count']:>6}   {' '.join(cells).rstrip()}")
-    lines += ['', 'percent, with 95 % intervals; averages over the classes that occur']
+        classes.append([name, str(figures['count']), *cells])
+    table = partial(tabulate, tablefmt='plain', disable_numparse=True)
+    lines = [
+        f"{metrics['model']} on {metrics['split']}: {metrics['count']} images"
+        + (f", tta {metrics['tta']}" if metrics['tta'] else ''), '',
+        table([[title, percent(metrics, key)] for key, title in averages.items()]), '',
+        table(classes, ['class', 'count', 'precision', 'recall', 'F1']), '',
+        'percent, with 95 % intervals; averages over the classes that occur',
+    ]
     if comparison is not None:
         low, high = comparison['difference_interval']
         lines += [

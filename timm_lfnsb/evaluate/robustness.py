@@ -24,7 +24,6 @@ from .predictions import Predictions, predict_folder
 
 SKIN = (198, 134, 106)
 """Colour in the middle of the ramp that stands in for a colour photograph."""
-
 SKIN_LUMINANCE = round(0.299 * SKIN[0] + 0.587 * SKIN[1] + 0.114 * SKIN[2])
 
 
@@ -105,9 +104,8 @@ def measure_robustness(
         clean: The model's predictions on the same split as it is, made here where not given.
 
     Returns:
-        A dict that JSON can hold: `split`, `count`, `clean_accuracy` and `rows`, by name: `what`, `accuracy`,
-        `accuracy_interval`, `difference` to the clean accuracy, `difference_interval` (see `metrics`) and `agreement`
-        (share of the images that get the same label as when clean). All are fractions.
+        A dict that JSON can hold, with `rows` by name: what `metrics` says of the perturbed images and of the
+        `difference` to the clean ones, and `agreement`, the share of the images that keep their label.
 
     Raises:
         UserError: See `predict_folder`; also when there is no perturbation of such a name.
