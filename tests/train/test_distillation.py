@@ -9,10 +9,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from support.train_script import (
+    BASE,
+    RANDOM,
+    STANDIN,
+    assert_same_end,
+    environment,
+    load,
+    one_sentence,
+    run_forked,
+    standin,
+    train,
+)
 from timm.models import save_for_hf
 from timm.task import LogitDistillationTask
-from train.test_launch import STANDIN, one_sentence, run_forked, standin
-from train.test_survival import BASE, RANDOM, assert_same_end, environment, load, train
 
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.models.loading import load_model
@@ -153,7 +163,8 @@ def test_real_train_keeps_centers_from_an_initial_checkpoint(timm_scripts, face_
 @pytest.mark.parametrize('weight', ['0', '1'])
 def test_two_processes_with_teachers(weight, teachers, timm_scripts, face_folder, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m',
-               'timm_lfnsb', 'run', timm_scripts / 'train.py', *BASE, '--cosine-harmony', weight, '-b', '6', '--epochs', '1',
+               'timm_lfnsb', 'run', timm_scripts / 'train.py', *BASE, '--cosine-harmony', weight, '-b', '6',
+               '--epochs', '1',
                '--kd-model-name', ','.join(teachers), '--logit-adjustment', '0.5', '--model-ema', '--val-split', '',
                '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', '--output', tmp_path,
                '--experiment', 'ddp']

@@ -3,74 +3,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from support import ROOT, TESTS
+from support import ROOT
+from support.train_script import STANDIN, load, one_sentence, run, run_forked, standin
 from timm.data import create_dataset, create_loader
 
-from timm_lfnsb.cli import main
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
 from timm_lfnsb.recipes import recipe_names
 from timm_lfnsb.train.balance import BalancedDataset
 from timm_lfnsb.train.data_check import warn_of_other_labels
-
-STANDIN = TESTS / 'support' / 'standin_train.py'
-
-
-def run(*args: str, env: dict[str, str] | None = None, launcher: list[str] | None = None):
-    """As a user would: a process of its own."""
-    command = [*(launcher or [sys.executable, '-m', 'timm_lfnsb']), 'run', *map(str, args)]
-    environ = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **(env or {}))
-    return subprocess.run(command, capture_output=True, text=True, env=environ)
-
-
-# Its processes are forked from one that imported the libraries once, which takes longer than any of these tests.
-FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['timm', 'torch', 'timm.task', 'timm_lfnsb.cli'])
-
-
-def _main(args: list[str], env: dict[str, str], outputs: list[str]) -> None:
-    for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    os.environ.update(env)
-    sys.argv = ['timm-lfnsb', *args]
-    main()
-
-
-def run_forked(*args: str, env: dict[str, str] | None = None):
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [f'{folder}/stdout', f'{folder}/stderr']
-        process = FORKS.Process(target=_main, args=(['run', *map(str, args)], env or {}, outputs))
-        process.start()
-        try:
-            process.join()
-        finally:
-            process.kill()  # does nothing to one that has ended; a time-out must not leave it
-        stdout, stderr = (Path(output).read_text() for output in outputs)
-    return subprocess.CompletedProcess(args, process.exitcode, stdout, stderr)
-
-
-def standin(tmp_path, *args: str) -> dict:
-    result = run_forked(STANDIN, '--output', tmp_path, *args)
-    assert result.returncode == 0, result.stderr
-    return json.loads((tmp_path / 'result.json').read_text())
-
-
-def one_sentence(result, *words: str) -> None:
-    assert result.returncode != 0
-    assert 'Traceback' not in result.stderr
-    assert result.stderr.startswith('Error: ') and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 def test_without_the_option_nothing_changes(tmp_path):
@@ -397,11 +346,6 @@ BASE = ['--model', 'mobilefacenet', '--num-classes', '4', '--input-size', '3', '
         '-j', '1', '-b', '24', '--opt', 'adamw', '--lr', '1e-3', '--warmup-epochs', '0', '--log-interval', '1',
         '--seed', '3', '--cosine-harmony', '1', '--model-ema', '--model-ema-decay', '0.9', '--no-aug',
         '--checkpoint-hist', '5']
-
-
-def load(path: Path) -> dict:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
 
 
 def test_real_train_with_registration_alone(timm_scripts, face_folder, tmp_path):

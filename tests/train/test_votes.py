@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.train_script import STANDIN, one_sentence, run_forked, standin
 from timm.data import create_dataset, create_loader
-from train.test_launch import STANDIN, one_sentence, run_forked, standin
 
 from timm_lfnsb.train.balance import BalancedDataset
 from timm_lfnsb.train.seeds import SeededDataset

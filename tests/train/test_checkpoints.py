@@ -1,0 +1,154 @@
+"""Checkpoints that survive: a full disk, a folder that cannot be written, a restart, weights that are not finite."""
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import timm.utils
+import torch
+from support.train_script import Run, load, patched, train
+
+from timm_lfnsb.errors import UserError
+from timm_lfnsb.train.checkpoints import check_output, summarize
+from timm_lfnsb.train.launch import run_script
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'file/run cannot be written \(Not a directory\).*--output'):
+        check_output(argparse.Namespace(output=str(tmp_path / 'file'), experiment='run'))
+    if sys.platform == 'linux':
+        with pytest.raises(UserError, match=r'/proc/none cannot be written'):
+            check_output(argparse.Namespace(output='/proc/none', experiment=''))
+    check_output(argparse.Namespace(output=str(tmp_path / 'new' / 'deep'), experiment='run'))
+    assert list((tmp_path / 'new' / 'deep' / 'run').iterdir()) == []
+
+
+@pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may write everywhere: run as a user')
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r'Permission denied'):
+        check_output(argparse.Namespace(output=str(tmp_path), experiment='run'))
+
+
+def test_other_processes_of_a_run_do_not_write(tmp_path, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    check_output(argparse.Namespace(output=str(tmp_path / 'new'), experiment=''))
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r'none.pth.tar is not a file'):
+        check_output(argparse.Namespace(output=str(tmp_path), resume=str(tmp_path / 'none.pth.tar')))
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond this many bytes: as near to a full disk as a test gets without one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(tmp_path):
+    run = Run()
+    run.step()
+    saver = run.saver(tmp_path)
+    saver.save_checkpoint(0, metric=1.)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'}
+    size = len(before['last.pth.tar'])
+    for save in (lambda: saver.save_checkpoint(1, metric=2.), lambda: saver.save_recovery(1, 5)):
+        with file_size_limit(size // 2), pytest.raises(UserError) as error:
+            save()
+        message = str(error.value)
+        assert 'epoch 1' in message and 'free some space' in message and f'--resume {tmp_path}/last.pth.tar' in message
+        assert '\n' not in message
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before  # and nothing half-written
+    saver.save_checkpoint(1, metric=2.)
+    assert load(tmp_path / 'last.pth.tar')['epoch'] == 1 == load(tmp_path / 'model_best.pth.tar')['epoch']
+
+
+def test_without_hard_links_a_failed_copy_keeps_the_best_checkpoint(tmp_path, monkeypatch):
+    """Where the file system has none, timm copies; it removes the old file before."""
+    run = Run()
+    saver = run.saver(tmp_path)
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, 'no links here')))
+    saver.save_checkpoint(0, metric=1.)
+    assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 0
+
+    def full(src, dst):
+        Path(dst).write_bytes(b'half')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(shutil, 'copy2', full)
+    with pytest.raises(UserError, match=r'No space left on device'):
+        saver.save_checkpoint(1, metric=2.)
+    assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 0
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_real_train_on_a_disk_that_fills(timm_scripts, face_folder, tmp_path, monkeypatch):
+    """Epoch 0 is saved, epoch 1 is not; the run ends with one sentence and goes on from epoch 0."""
+    save, count = torch.save, 0
+
+    def fill(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'save', fill)
+    flags = ['--epochs', '2', '--val-split', '']
+    with pytest.raises(UserError, match=r'checkpoint of epoch 1 cannot be written.*No space left.*--resume'):
+        train(timm_scripts, face_folder, tmp_path, 'full', *flags)
+    last = tmp_path / 'full' / 'last.pth.tar'
+    assert load(last)['epoch'] == 0
+    train(timm_scripts, face_folder, tmp_path, 'full', *flags, '--resume', last)
+    assert load(last)['epoch'] == 1
+
+
+def test_other_files_of_a_run_on_a_full_disk(tmp_path):
+    script = tmp_path / 'train.py'
+    script.write_text("def main():\n    raise OSError(28, 'No space left on device', 'summary.csv')\n")
+    with patched(), pytest.raises(UserError, match=r'summary.csv cannot be written \(No space left on device\)'):
+        run_script(str(script), [])
+    script.write_text("def main():\n    raise OSError(2, 'No such file', 'other.csv')\n")
+    with patched(), pytest.raises(FileNotFoundError):
+        run_script(str(script), [])
+
+
+def test_a_restart_in_the_same_folder_keeps_the_best(tmp_path):
+    if not hasattr(timm.utils.CheckpointSaver, 'load_state_dict_from_checkpoint'):
+        pytest.skip('needs timm 1.0.31, whose checkpoints remember their history')
+    run = Run()
+    saver = run.saver(tmp_path, max_history=2)
+    for epoch, metric in enumerate((3., 9., 5.)):
+        saver.save_checkpoint(epoch, metric=metric)
+    saver = run.saver(tmp_path, max_history=2, resume=str(tmp_path / 'last.pth.tar'))
+    assert saver.save_checkpoint(3, metric=6.) == (9., 1)
+    assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 1
+    assert {path.name for path in tmp_path.glob('checkpoint-*')} == {'checkpoint-1.pth.tar', 'checkpoint-3.pth.tar'}
+    # In another folder there is no history to keep.
+    (tmp_path / 'new').mkdir()
+    assert run.saver(tmp_path / 'new', resume=str(tmp_path / 'last.pth.tar')).best_metric is None
+
+
+def test_summary_has_one_header(tmp_path):
+    path = tmp_path / 'summary.csv'
+    for epoch in (0, 1):  # timm's script asks for a header at each start
+        summarize(epoch, dict(loss=1.), dict(top1=2.), str(path), lr=0.1, write_header=True)
+    assert path.read_text().split() == ['epoch,train_loss,eval_top1,lr', '0,1.0,2.0,0.1', '1,1.0,2.0,0.1']
