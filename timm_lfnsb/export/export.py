@@ -93,8 +93,8 @@ def export_model(
     config = _data_config(model)
     metadata = _metadata(model, config, precision, with_preprocess)
     pixels = _pixels(_noise() if calibrate is None else _faces(Path(calibrate)), config)
-    mean, std = (np.array(config[key], np.float32)[:, None, None] for key in ('mean', 'std'))
-    normalized = (pixels / np.float32(255) - mean) / std
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    normalized = (pixels / np.float32(255) - mean.numpy()) / std.numpy()
     inputs = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)) if with_preprocess else normalized
     model = copy.deepcopy(model).cpu().float().eval()
     with torch.inference_mode():
@@ -102,10 +102,9 @@ def export_model(
         expected = torch.cat([model(part) for part in parts]).numpy()
     example = torch.from_numpy(inputs[:1]).expand(batch or 1, -1, -1, -1).contiguous()
     order = Order(example, batch is None, precision, metadata, inputs[CHECK_COUNT:])
-    pixel_range = (config['mean'], config['std']) if with_preprocess else None
     with tempfile.TemporaryDirectory(prefix='.export-', dir=out.absolute().parent) as folder:
         file = Path(folder, out.name)
-        _write(model, pixel_range, format, file, order)
+        _write(model, (mean, std) if with_preprocess else None, format, file, order)
         outputs = ExportedModel(file)(inputs[:CHECK_COUNT])
         differences = _compare(outputs, expected, getattr(model, 'num_classes', 0) > 0)
         files = sorted(file.parent.iterdir(), key=lambda part: part == file)  # the file itself last
@@ -206,7 +205,7 @@ def _compare(outputs: np.ndarray, expected: np.ndarray, classes: bool) -> tuple[
     return difference, difference / (largest or 1), agreement
 
 
-def _write(model: nn.Module, pixel_range: Any, format: str, file: Path, order: Order) -> None:
+def _write(model: nn.Module, normalization: Any, format: str, file: Path, order: Order) -> None:
     """Without the exporters' warnings of their age and of constants: what counts is the comparison afterwards."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -216,7 +215,7 @@ def _write(model: nn.Module, pixel_range: Any, format: str, file: Path, order: O
             model = lower_network(model, {'onnx': 'onnxruntime', 'openvino': 'openvino'}.get(format, 'torch'))
             if order.precision == 'fp16' and format == 'torch-export':  # the other writers halve what they write
                 model.half()
-            WRITERS[format](Interface(model, pixel_range).eval().requires_grad_(False), file, order)
+            WRITERS[format](Interface(model, normalization).eval().requires_grad_(False), file, order)
     except UserError:
         raise
     except ModuleNotFoundError as error:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
 
+from ..models.cpu import FusedBottleneck
 from ..models.layers import ConvNormAct
-from ..models.networks import DirectionAttention, FusedBottleneck, MixedFeatureNet, SpatialBiasHead
+from ..models.networks import DirectionAttention, MixedFeatureNet, SpatialBiasHead
 
 RUNTIMES = ('onnxruntime', 'openvino', 'torch')  # the last: exported programs, ExecuTorch's too
 
@@ -31,11 +32,7 @@ def _whole_blocks(chs: int) -> int:
 
 @torch.no_grad()
 def lower_network(model: nn.Module, runtime: str) -> nn.Module:
-    """Reparameterise a copy of a timm model, and write a network of this zoo in the operators that suit a runtime.
-
-    Returns:
-        A model in eval mode with the same outputs.
-    """
+    """A reparameterised copy of a timm model, networks of this zoo in the operators that suit one of `RUNTIMES`."""
     assert runtime in RUNTIMES
     model = reparameterize_model(copy.deepcopy(model).eval(), inplace=True).eval()
     if isinstance(model, MixedFeatureNet):
@@ -121,10 +118,9 @@ class LoweredGates(nn.Module):
 
 
 class ConvPReLU(nn.Module):
-    """A convolution and PReLU, the latter as two 1x1 depthwise convolutions: PReLU(y) = ReLU((1 - a) y) + a y.
+    """A convolution and PReLU(y) = ReLU((1 - a) y) + a y as two 1x1 depthwise convolutions.
 
-    ONNX Runtime fuses the ReLU into the one and the sum into the other; as an operator of its own it would run on one
-    thread. Where a slope is above 1 it is (1 - a) ReLU(y), for ReLU takes no factor below 0.
+    ONNX Runtime fuses ReLU and sum into them. Slopes above 1 need (1 - a) ReLU(y), for ReLU takes no factor below 0.
     """
 
     def __init__(self, conv: nn.Conv2d, slopes: torch.Tensor):
@@ -195,23 +191,15 @@ def _conv(
 
 
 class Interface(nn.Module):
-    """A model as the user of a file sees it: float32 outputs of normalised float32 images, or of pixels.
+    """A model of any dtype that takes float32 or, given mean and std (C, 1, 1), uint8 (B, H, W, C); float32 outputs."""
 
-    Args:
-        model: The model, of any floating dtype.
-        pixels: Mean and std with which it normalises uint8 images (B, H, W, C) itself.
-    """
-
-    def __init__(self, model: nn.Module, pixels: tuple[Sequence[float], Sequence[float]] | None):
+    def __init__(self, model: nn.Module, normalization: tuple[torch.Tensor, torch.Tensor] | None):
         super().__init__()
-        self.model = model
-        self.dtype = next(model.parameters()).dtype
-        self.pixels = pixels is not None
-        if pixels is not None:
-            for name, values in zip(('mean', 'std'), pixels, strict=True):
-                self.register_buffer(name, 255 * torch.tensor(values).view(-1, 1, 1))
+        self.model, self.dtype = model, next(model.parameters()).dtype
+        self.normalization = None if normalization is None else nn.ParameterList(normalization)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.pixels:
-            images = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        if self.normalization is not None:
+            mean, std = self.normalization
+            images = (images.permute(0, 3, 1, 2) / 255 - mean) / std
         return self.model(images.to(self.dtype)).float()

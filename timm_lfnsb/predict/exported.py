@@ -54,8 +54,6 @@ class ExportedModel:
         threads: Threads that compute one batch, or None for the runtime's own choice.
 
     Attributes:
-        path: The file.
-        format: One of the values of `SUFFIXES`.
         metadata: What the file says about itself (see the module), string to string; may be empty.
         batch_size: The batch the file is made for, or None where it takes any.
 
@@ -81,7 +79,7 @@ class ExportedModel:
         """Return the outputs (B, C) of a batch, which goes through in parts where the file has a fixed batch.
 
         Args:
-            images: What `metadata['input']` says; float32 (B, C, H, W) where it says nothing.
+            images: What `metadata['input']` says, else float32 (B, C, H, W).
 
         Raises:
             UserError: When the runtime refuses the images, for instance those of another size.
@@ -181,6 +179,4 @@ def _open_executorch(path: Path, threads: int | None) -> Opened:
     return lambda images: forward.execute([torch.from_numpy(images)])[0].numpy(), metadata, _fixed(shape)
 
 
-_OPEN = {
-    'onnx': _open_onnx, 'openvino': _open_openvino, 'torch-export': _open_torch, 'executorch': _open_executorch,
-}
+_OPEN = dict(zip(SUFFIXES.values(), (_open_onnx, _open_openvino, _open_torch, _open_executorch), strict=True))
