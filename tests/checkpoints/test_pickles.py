@@ -1,14 +1,12 @@
 """Files that mean harm, and damaged ones: refused in one sentence or read, and nothing that they hold is ever run."""
 from __future__ import annotations
 
-import collections
 import functools
 import io
 import os
 import pickle
 import random
 import struct
-import sys
 import zipfile
 from pathlib import Path
 
@@ -78,8 +76,10 @@ def harmful(marker: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize('name', harmful(Path()))
-def test_nothing_is_run(name, tmp_path):
+def test_nothing_is_run(name, tmp_path, monkeypatch):
     marker, safe = tmp_path / 'marker', torch.serialization.get_safe_globals()
+    (tmp_path / 'nowhere.py').write_text(f'open({str(marker)!r}, "w")')  # nor is anything imported
+    monkeypatch.syspath_prepend(tmp_path)
     data = harmful(marker)[name]
     for first in None, [], [0x1950A86A20F9469CFC6C, 1001, dict(protocol_version=1001, little_endian=True)]:
         refusal(write(tmp_path / 'evil.pth', data, first))
@@ -99,19 +99,12 @@ def test_calls_hidden_in_a_checkpoint(place, tmp_path):
                     'key': {'net': weights, evil: 1}, 'storage': weights | {'evil': tensor}}[place], tmp_path / 'a.pth')
         if evil.call[0] is os.system or place == 'storage':
             assert 'none was run' in refusal(tmp_path / 'a.pth')
-        else:
-            value, foreign = load(tmp_path / 'a.pth')
-            tensors, _ = find_tensors(value)
-            assert foreign == ('builtins.eval',) and torch.equal(tensors['w'], weights['w'])
-            assert isinstance(tensors.get('evil', StandIn()), StandIn)
+            continue
+        value, foreign = load(tmp_path / 'a.pth')
+        tensors, _ = find_tensors(value)
+        assert foreign == ('builtins.eval',) and torch.equal(tensors['w'], weights['w'])
+        assert isinstance(tensors.get('evil', StandIn()), StandIn)
     assert not marker.exists()
-
-
-def test_a_name_is_never_imported(tmp_path, monkeypatch):
-    (tmp_path / 'trap_module.py').write_text(f'open({str(tmp_path / "marker")!r}, "w")')
-    monkeypatch.syspath_prepend(tmp_path)
-    assert 'trap_module.Thing' in refusal(write(tmp_path / 'evil.pth', b'\x80\x02ctrap_module\nThing\n)\x81.'))
-    assert not (tmp_path / 'marker').exists() and 'trap_module' not in sys.modules
 
 
 def tensor_pickle(key='0', kind='FloatStorage', count=6, offset=0, shape=(2, 3), stride=(3, 1)) -> bytes:
@@ -122,7 +115,7 @@ def tensor_pickle(key='0', kind='FloatStorage', count=6, offset=0, shape=(2, 3),
     marker = Call(int)
     stream = io.BytesIO()
     Pickler(stream, 2).dump(
-        {'w': Call(torch._utils._rebuild_tensor_v2, marker, offset, shape, stride, False, collections.OrderedDict())})
+        {'w': Call(torch._utils._rebuild_tensor_v2, marker, offset, shape, stride, False, {})})
     return stream.getvalue()
 
 

@@ -83,7 +83,8 @@ def convert(
                     raise UserError(f'is of the network {other}, not {model}: give --model {other}.')
             raise UserError(f"does not fit the network {model}: {'; '.join(problems)}.")
         label_names = resolve_labels(labels, num_classes)
-        network = create(model, num_classes)
+        # Without numbers, so that none can be left at its random start.
+        network = timm.create_model(model, pretrained=False, num_classes=num_classes, device='meta')
         network.load_state_dict(read_tensors(tensors, taken, network), strict=True, assign=True)
     except UserError as error:
         raise UserError(f'{source} {error}') from None
@@ -137,7 +138,7 @@ def flatten_module(module: StandIn) -> dict[str, Any]:
         if visited + len(out) + len(pending) > MAX_ENTRIES or len(prefix) > MAX_KEY:
             raise UserError('has modules nested or repeated beyond all reason.')
         state = module.state if isinstance(module, StandIn) else {}
-        tables = [state.get(name) for name in ('_parameters', '_buffers', '_modules')]
+        tables: list[Any] = [state.get(name) for name in ('_parameters', '_buffers', '_modules')]
         if not all(isinstance(table, dict) and all(isinstance(key, str) for key in table) for table in tables):
             raise UserError(f"has something else where a module should be ({shown(prefix) or 'at the top'}).")
         parameters, buffers, modules = tables
@@ -172,14 +173,9 @@ def check_tensors(tensors: Mapping[str, Any]) -> None:
 
 # Fitting it to a network of this package
 
-def create(model: str, num_classes: int) -> Any:
-    """The network without numbers, so that none can be left at its random start."""
-    return timm.create_model(model, pretrained=False, num_classes=num_classes, device='meta')
-
-
 def compare(tensors: Mapping[str, Any], model: str, num_classes: int) -> tuple[dict[str, str], list[str], list[str]]:
     """Our key -> the checkpoint's; its keys that the authors' own forward never uses; what does not fit, in words."""
-    network = create(model, num_classes)
+    network = timm.create_model(model, pretrained=False, num_classes=num_classes, device='meta')
     wanted = network.state_dict()
     authors = any('.mixed_depthwise_conv.' in key for key in tensors)
     taken: dict[str, str] = {}

@@ -17,7 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch import serialization
 
 from ..errors import UserError
 
@@ -65,8 +65,9 @@ def load(path: Path) -> tuple[Any, tuple[str, ...]]:
         else:
             if head.startswith(b'PK'):
                 check_zip(path)
-                foreign = sorted(get_unsafe_globals_in_checkpoint(path))
-            with warnings.catch_warnings(), safe_globals([stand_in(name) for name in foreign]), path.open('rb') as file:
+                foreign = sorted(serialization.get_unsafe_globals_in_checkpoint(path))
+            stand_ins = serialization.safe_globals([stand_in(name) for name in foreign])
+            with path.open('rb') as file, stand_ins, warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # of other formats, which are refused anyway
                 value = torch.load(file, map_location='cpu', weights_only=True, mmap=False)
     except Exception as error:  # what a file holds can make readers raise nearly anything
@@ -97,5 +98,4 @@ def stand_in(name: str) -> Any:
 
 def shown(text: str, limit: int = 200) -> str:
     """Text from a file, fit for a message: one line, no control characters, not endless."""
-    line = ''.join(c if c.isprintable() else '?' for c in text[:limit])
-    return line + '...' * (len(text) > limit)
+    return ''.join(c if c.isprintable() else '?' for c in text[:limit]) + '...' * (len(text) > limit)
