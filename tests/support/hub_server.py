@@ -1,7 +1,7 @@
 """A small Hub on loopback for the real huggingface_hub client, with faults to order, and a process that talks to it.
 
-Only what the client of the tests asks for: repositories with commits, branches, private ones and pull requests; files
-in git or, from 10 kB on, in LFS behind a redirect to a "CDN", with ranges; tokens with their rights.
+Only what the client of the tests asks for: repositories with commits, branches, private ones and pull requests;
+files, from 10 kB on behind a redirect to a "CDN", with ranges; tokens with their rights.
 """
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,14 +52,11 @@ class Repo:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Use as a context manager; `url` is the HF_ENDPOINT.
+    """Use as a context manager; `url` is the HF_ENDPOINT, `log` has method, path and headers of each request.
 
-    Attributes:
-        repos: Repositories by 'ORG/NAME'.
-        faults: What to do wrong, by name, for how many requests (-1: all): on the way of a large file 'cut' (half of
-            it, then hang up), 'stall' (half of it, then nothing), 'short' (half of it, called the whole), 'altered',
-            'hang' (no answer); for metadata 'silent' (no answer) and 'busy' (503).
-        log: Method, path and headers (lower-case names) of each request.
+    `faults` says what to do wrong, by name, for how many requests (-1: all): on the way of a large file 'cut' (half of
+    it, then hang up), 'stall' (half of it, then nothing), 'short' (half of it, called the whole), 'altered', 'hang' (no
+    answer); for metadata 'silent' (no answer) and 'busy' (503).
     """
     daemon_threads = True
 
@@ -93,13 +89,16 @@ class HubServer(ThreadingHTTPServer):
         return self.repos[repo_id].commit({path.name: path.read_bytes() for path in folder.iterdir()})
 
     def fault(self, name: str) -> bool:
-        if self.faults[name]:
-            self.faults[name] -= 1
-            return True
-        return False
+        if count := self.faults[name]:
+            self.faults[name] = count - 1
+        return bool(count)
 
     def paths(self, method: str) -> list[str]:
         return [path for verb, path, _ in self.log if verb == method]
+
+
+class Refusal(Exception):
+    """An error as the Hub words it: status, code and message."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -119,54 +118,55 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(body)
 
-    def error(self, status: int, code: str, message: str = '') -> None:
-        self.answer(status, {'error': message or code}, X_Error_Code=code, X_Error_Message=message or code)
-
     @property
     def right(self) -> str | None:
         """'write', 'read', None without a token, '' with an unknown one."""
         header = self.headers.get('Authorization')
         return TOKENS.get(header.removeprefix('Bearer '), '') if header else None
 
-    def repo(self, repo_id: str) -> Repo | None:
-        """The repository, if it is there for this client; else the error is sent, as the Hub words it."""
+    def repo(self, repo_id: str) -> Repo:
+        """The repository, if it is there for this client."""
         if self.right == '':
-            self.error(401, '', 'Invalid credentials in Authorization header')
-            return None
+            raise Refusal(401, '', 'Invalid credentials in Authorization header')
         repo = self.server.repos.get(repo_id)
         if repo is None or (repo.private and self.right is None):
-            self.error(404 if self.right else 401, 'RepoNotFound', 'Repository not found')
-            return None
+            raise Refusal(404 if self.right else 401, 'RepoNotFound', 'Repository not found')
         return repo
+
+    def check_may_write(self, repo_id: str) -> None:
+        if not self.right:
+            raise Refusal(401, '', 'Invalid username or password.' if self.right is None else
+                          'Invalid credentials in Authorization header')
+        if self.right == 'read' or (repo_id.startswith('elsewhere/') and 'create_pr' not in self.query):
+            raise Refusal(403, '', 'You have read access but not the required permissions for this operation')
 
     def handle_request(self) -> None:
         self.content = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        self.server.log.append((self.command, unquote(self.path), {
-            name.lower(): value for name, value in self.headers.items()}))
-        for pattern, method in ROUTES:
-            if match := re.fullmatch(pattern, f'{self.command} {url.path}'):
-                return method(self, *map(unquote, match.groups()))
-        return self.error(404, 'RouteNotFound', f'no {self.command} {url.path} on this Hub')
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.log.append((self.command, unquote(self.path), headers))
+        try:
+            for pattern, method in ROUTES:
+                if match := re.fullmatch(pattern, f'{self.command} {url.path}'):
+                    return method(self, *map(unquote, match.groups()))
+            raise Refusal(404, 'RouteNotFound', f'no {self.command} {url.path} on this Hub')
+        except Refusal as refusal:
+            status, code, message = refusal.args
+            self.answer(status, {'error': message}, X_Error_Code=code, X_Error_Message=message)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
-
-    # Reading
+    do_GET = do_HEAD = do_POST = handle_request
 
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
         if self.server.fault('silent'):
             self.server.closing.wait(30)
             return
         if self.server.fault('busy'):
-            self.error(503, '', 'Service Unavailable')
-            return
-        if (repo := self.repo(repo_id)) is None:
-            return
+            raise Refusal(503, '', 'Service Unavailable')
+        repo = self.repo(repo_id)
         commit = repo.resolve(revision)
         if commit is None:
-            self.error(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
-            return
+            raise Refusal(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
         content = repo.commits[commit].get(name)
         if content is None:
             self.answer(404, X_Error_Code='EntryNotFound', X_Error_Message='Entry not found', X_Repo_Commit=commit)
@@ -187,143 +187,65 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:-1] + bytes([content[-1] ^ 1])
         if self.server.fault('short'):
             content = content[:len(content) // 2]
-        start, total = 0, len(content)
-        if match := re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', '')):
-            start = int(match[1])
+        match = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        start, total = int(match[1]) if match else 0, len(content)
         self.send_response(206 if start else 200)
         self.send_header('Content-Length', str(total - start))
         if start:
             self.send_header('Content-Range', f'bytes {start}-{total - 1}/{total}')
         self.end_headers()
         cut, stall = self.server.fault('cut'), self.server.fault('stall')
-        if cut or stall:
-            self.wfile.write(content[start:start + (total - start) // 2])
+        self.wfile.write(content[start:(start + total) // 2 if cut or stall else total])
+        self.close_connection = cut or stall
+        if stall:
             self.wfile.flush()
-            if stall:
-                self.server.stalled.set()
-                self.server.closing.wait(30)
-            self.close_connection = True
-        else:
-            self.wfile.write(content[start:])
+            self.server.stalled.set()
+            self.server.closing.wait(30)
 
     def model(self, repo_id: str, revision: str = 'main') -> None:
-        if (repo := self.repo(repo_id)) is None:
-            return
+        repo = self.repo(repo_id)
         commit = repo.resolve(revision)
-        siblings = [{'rfilename': name} for name in repo.commits.get(commit or '', {})]
-        self.answer(200, {'id': repo_id, 'modelId': repo_id, 'sha': commit, 'private': repo.private, 'tags': [],
-                          'siblings': siblings})
-
-    def tree(self, repo_id: str, revision: str, folder: str | None = None) -> None:
-        if (repo := self.repo(repo_id)) is None:
-            return
-        if folder:
-            self.error(404, 'EntryNotFound')
-            return
-        files = repo.commits.get(repo.resolve(revision) or '', {})
-        self.answer(200, [{'type': 'file', 'path': name, 'size': len(content), 'oid': git_oid(content)}
-                          for name, content in files.items()])
-
-    def whoami(self) -> None:
-        if not self.right:
-            self.error(401, '', 'Invalid credentials in Authorization header')
-            return
-        self.answer(200, {'type': 'user', 'name': 'owner', 'orgs': [], 'auth': {'type': 'access_token'}})
-
-    # Writing
-
-    def may_write(self, repo_id: str) -> bool:
-        if not self.right:
-            self.error(401, '', 'Invalid username or password.' if self.right is None else
-                       'Invalid credentials in Authorization header')
-        elif self.right == 'read' or (repo_id.startswith('elsewhere/') and 'create_pr' not in self.query):
-            self.error(403, '', 'You have read access but not the required permissions for this operation')
-        else:
-            return True
-        return False
+        self.answer(200, {'id': repo_id, 'modelId': repo_id, 'sha': commit, 'private': repo.private, 'tags': []})
 
     def create_repo(self) -> None:
         request = json.loads(self.content)
         repo_id = f"{request['organization']}/{request['name']}"
-        if not self.may_write(repo_id):
-            return
+        self.check_may_write(repo_id)
         url = {'url': f'{self.server.url}/{repo_id}'}
         if repo_id in self.server.repos:
             self.answer(409, {'error': 'You already created this model repo', **url})
             return
-        private = request.get('visibility') == 'private' or bool(request.get('private'))
-        self.server.repos[repo_id] = Repo(private)
+        self.server.repos[repo_id] = Repo(request.get('visibility') == 'private' or bool(request.get('private')))
         self.server.repos[repo_id].commit({'.gitattributes': b'*.safetensors filter=lfs\n'})
         self.answer(200, url)
 
     def validate_yaml(self) -> None:
-        content = json.loads(self.content)['content']
-        errors = []
-        match = re.match(r'---\n(.*?)\n---\n', content, re.S)
-        try:
-            data = yaml.safe_load(match[1]) if match else {}
-            if not isinstance(data.get('license'), str):
-                errors.append({'message': '"license" must be a string'})
-            if not all({'name', 'results'} <= set(entry) for entry in data.get('model-index', [])):
-                errors.append({'message': '"model-index[0].results" is required'})
-        except (yaml.YAMLError, AttributeError, TypeError) as error:
-            errors.append({'message': str(error)})
-        self.answer(400 if errors else 200, {'errors': errors, 'warnings': []})
+        match = re.match(r'---\n(.*?)\n---\n', json.loads(self.content)['content'], re.S)
+        valid = match is not None and isinstance(yaml.safe_load(match[1]).get('license'), str)
+        errors = [] if valid else [{'message': '"license" must be a string'}]
+        self.answer(200 if valid else 400, {'errors': errors, 'warnings': []})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        if (repo := self.repo(repo_id)) is None or not self.may_write(repo_id):
-            return
+        repo = self.repo(repo_id)
+        self.check_may_write(repo_id)
         there = repo.commits.get(repo.resolve(revision) or '', {})
-        files = []
-        for file in json.loads(self.content)['files']:
-            lfs = file['size'] >= LFS_SIZE or file['path'].endswith('.safetensors')
-            old = there.get(file['path'])
-            oid = None if old is None else hashlib.sha256(old).hexdigest() if lfs else git_oid(old)
-            files.append({'path': file['path'], 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False,
-                          'oid': oid})
-        self.answer(200, {'files': files})
-
-    def lfs_batch(self, repo_id: str) -> None:
-        objects = []
-        for item in json.loads(self.content)['objects']:
-            if item['oid'] not in self.server.lfs:
-                item['actions'] = {
-                    'upload': {'href': f"{self.server.url}/lfs-upload/{item['oid']}", 'header': {}},
-                    'verify': {'href': f'{self.server.url}/lfs-verify', 'header': {}},
-                }
-            objects.append(item)
-        self.answer(200, {'transfer': 'basic', 'objects': objects})
-
-    def lfs_upload(self, oid: str) -> None:
-        if hashlib.sha256(self.content).hexdigest() != oid:
-            self.error(422, '', 'content is not what its oid says')
-            return
-        self.server.lfs[oid] = self.content
-        self.answer(200)
-
-    def lfs_verify(self) -> None:
-        item = json.loads(self.content)
-        there = len(self.server.lfs.get(item['oid'], b'')) == item['size']
-        self.answer(200 if there else 404, {})
+        oids = {name: git_oid(content) for name, content in there.items()}
+        self.answer(200, {'files': [
+            {'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False, 'oid': oids.get(file['path'])}
+            for file in json.loads(self.content)['files']]})
 
     def commit(self, repo_id: str, revision: str) -> None:
-        if (repo := self.repo(repo_id)) is None or not self.may_write(repo_id):
-            return
-        files: dict[str, bytes] = {}
-        for line in map(json.loads, self.content.splitlines()):
-            value = line['value']
-            if line['key'] == 'file':
-                files[value['path']] = base64.b64decode(value['content'])
-            elif line['key'] == 'lfsFile':
-                files[value['path']] = self.server.lfs[value['oid']]
+        repo = self.repo(repo_id)
+        self.check_may_write(repo_id)
+        values = [line['value'] for line in map(json.loads, self.content.splitlines()) if line['key'] == 'file']
+        files = {value['path']: base64.b64decode(value['content']) for value in values}
         pull_request = 'create_pr' in self.query
         ref = f'refs/pr/{sum(name.startswith("refs/pr/") for name in repo.refs) + 1}' if pull_request else revision
         oid = repo.commit(files, ref, revision)
-        number = ref.rpartition('/')[2]
+        url = f'{self.server.url}/{repo_id}'
         self.answer(200, {
-            'success': True, 'commitOid': oid, 'commitUrl': f'{self.server.url}/{repo_id}/commit/{oid}',
-            'pullRequestUrl': f'{self.server.url}/{repo_id}/discussions/{number}' if pull_request else None,
-        })
+            'success': True, 'commitOid': oid, 'commitUrl': f'{url}/commit/{oid}',
+            'pullRequestUrl': f"{url}/discussions/{ref.rpartition('/')[2]}" if pull_request else None})
 
 
 _ID = r'([^/]+/[^/]+)'
@@ -331,17 +253,11 @@ ROUTES = [
     (rf'(?:GET|HEAD) /{_ID}/resolve/([^/]+)/(.+)', Handler.resolve),
     (r'(?:GET|HEAD) /cdn/(\w+)', Handler.cdn),
     (rf'GET /api/models/{_ID}/revision/([^/]+)', Handler.model),
-    (rf'GET /api/models/{_ID}/tree/([^/]+)', Handler.tree),
-    (rf'GET /api/models/{_ID}/tree/([^/]+)/(.+)', Handler.tree),
     (rf'GET /api/models/{_ID}', Handler.model),
-    (r'GET /api/whoami-v2', Handler.whoami),
     (r'POST /api/repos/create', Handler.create_repo),
     (r'POST /api/validate-yaml', Handler.validate_yaml),
     (rf'POST /api/models/{_ID}/preupload/([^/]+)', Handler.preupload),
     (rf'POST /api/models/{_ID}/commit/([^/]+)', Handler.commit),
-    (rf'POST /{_ID}\.git/info/lfs/objects/batch', Handler.lfs_batch),
-    (r'PUT /lfs-upload/(\w+)', Handler.lfs_upload),
-    (r'POST /lfs-verify', Handler.lfs_verify),
 ]
 
 
@@ -349,23 +265,20 @@ ROUTES = [
 # snippets it is given: importing torch once for each of them would take most of the time of these tests.
 _LOOP = '''
 import json, os, sys, traceback
+from unittest import mock
 answers = os.fdopen(os.dup(1), 'w')
 os.dup2(2, 1)
 import timm_lfnsb
 for line in sys.stdin:
     request = json.loads(line)
-    before = dict(os.environ)
-    os.environ.update(request['env'])
     scope = dict(request['variables'])
     try:
-        exec(request['code'], scope)
+        with mock.patch.dict(os.environ, request['env']):
+            exec(request['code'], scope)
         answer = {'result': scope.get('result')}
     except BaseException as error:
         traceback.print_exc()
         answer = {'error': type(error).__name__, 'message': str(error)}
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     print(json.dumps(answer), file=answers, flush=True)
 '''
 
@@ -405,25 +318,13 @@ class Client:
         self.process.communicate()
 
     def run(self, code: str, env: dict[str, str] | None = None, **variables: Any) -> Any:
-        """Run a snippet; returns what it leaves in `result`.
-
-        Raises:
-            ClientError: For whatever it raises.
-        """
+        """Run a snippet; returns what it leaves in `result`, raises ClientError for whatever it raises."""
         assert self.process.stdin and self.process.stdout
         request = {'code': code, 'env': env or {}, 'variables': variables}
         print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        if not line:
-            raise AssertionError('the client process ended')
+        assert line, 'the client process ended'
         answer = json.loads(line)
         if 'error' in answer:
             raise ClientError(answer['error'], answer['message'])
         return answer['result']
-
-
-if __name__ == '__main__':  # for trying things by hand
-    with HubServer() as hub:
-        print(f'HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1, tokens {", ".join(TOKENS)}')
-        while True:
-            time.sleep(60)

@@ -29,10 +29,7 @@ _PUBLISHED = ('.safetensors', '.json', '.md', '.txt', '.yaml', '.yml', '.onnx', 
 
 
 class Push(NamedTuple):
-    """What was published, or would be.
-
-    `files` are their names, sizes in bytes and SHA-256; `url` and `commit` are None for a dry run.
-    """
+    """What was published, or would be: names, sizes in bytes and SHA-256 of files; no `url`, no `commit` if dry."""
     repo_id: str
     files: list[tuple[str, int, str]]
     card: str
@@ -97,11 +94,7 @@ def push(
 def staged(
         source: str, repo_id: str, metrics: str | Path | None = None, license: str | None = None,
 ) -> Iterator[Path]:
-    """A temporary folder with exactly the files to publish, removed at the end.
-
-    Raises:
-        UserError: When there is no such source, or it has files that are not to be published.
-    """
+    """A temporary folder with exactly the files to publish, removed at the end; raises UserError as `push` does."""
     with tempfile.TemporaryDirectory(prefix='timm-lfnsb-push-') as temporary:
         folder = Path(temporary)
         card, config_path = folder / 'README.md', folder / 'config.json'
