@@ -1,6 +1,7 @@
 """Figures of predictions with 95 % intervals, as fractions between 0 and 1, and the comparison of two models."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -127,3 +128,9 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
         'difference': (only_first - only_second) / total,
         'difference_interval': np.percentile((draws[:, 0] - draws[:, 1]) / total, (2.5, 97.5)).tolist(),
     }
+
+
+def percent(figures: Mapping[str, Any], key: str, sign: str = '') -> str:
+    """A figure as text in percent, with its interval in brackets where there is one."""
+    value, *bounds = (f'{100 * value:{sign}.1f}' for value in (figures[key], *(figures.get(f'{key}_interval') or ())))
+    return value + (f" [{', '.join(bounds)}]" if bounds else '')

@@ -16,7 +16,7 @@ from ..models.loading import load_model
 from ..util.files import replacing, write_json
 from ..version import __version__
 from .figures import confusion_figure, reliability_figure
-from .metrics import compare_predictions, compute_metrics
+from .metrics import compare_predictions, compute_metrics, percent
 from .predictions import predict_folder
 
 PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
@@ -98,10 +98,6 @@ def evaluate_folder(
 
 def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
     """Format what `evaluate_folder` returns as a table, in percent, with 95 % intervals in brackets."""
-    def percent(figures: dict[str, Any], key: str) -> str:
-        interval = figures.get(f'{key}_interval')
-        return f'{100 * figures[key]:.1f}' + (f' [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]' if interval else '')
-
     averages = {'accuracy': 'accuracy', 'balanced_accuracy': 'balanced accuracy', 'macro_f1': 'macro F1', 'ece': 'ECE'}
     classes = []
     for name, figures in metrics['per_class'].items():
@@ -117,11 +113,10 @@ def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = 
         'percent, with 95 % intervals; averages over the classes that occur',
     ]
     if comparison is not None:
-        low, high = comparison['difference_interval']
         lines += [
             '',
-            f"compared with {comparison['second']}: {100 * comparison['accuracy_second']:.1f} accuracy, difference "
-            f"{100 * comparison['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points",
+            f"compared with {comparison['second']}: {percent(comparison, 'accuracy_second')} accuracy, difference "
+            f"{percent(comparison, 'difference', '+')} points",
             f"only {comparison['first']} right: {comparison['only_first_right']}, only {comparison['second']} right: "
             f"{comparison['only_second_right']}, McNemar's exact test p = {comparison['p_value']:.3g}",
         ]

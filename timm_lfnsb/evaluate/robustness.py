@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import UserError
 from ..models.loading import load_model
 from ..util.text import markdown_table
-from .metrics import compare_predictions, compute_metrics
+from .metrics import compare_predictions, compute_metrics, percent
 from .predictions import Predictions, predict_folder
 
 SKIN = (198, 134, 106)
@@ -131,12 +131,8 @@ def measure_robustness(
 
 def robustness_table(measured: dict[str, Any]) -> str:
     """What `measure_robustness` returns as a Markdown table, in percent and points, with 95 % intervals."""
-    def percent(row: dict[str, Any], key: str, sign: str = '') -> str:
-        value, low, high = (100 * value for value in (row[key], *row[f'{key}_interval']))
-        return f'{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]'
-
-    rows = [[row['what'], percent(row, 'accuracy'), percent(row, 'difference', '+'), f"{100 * row['agreement']:.1f}"]
+    rows = [[row['what'], percent(row, 'accuracy'), percent(row, 'difference', '+'), percent(row, 'agreement')]
             for row in measured['rows'].values()]
     return markdown_table(
         ['images', 'accuracy (%)', 'difference (points)', 'same label (%)'],
-        [['as they are', f"{100 * measured['clean_accuracy']:.1f}", '', ''], *rows])
+        [['as they are', percent(measured, 'clean_accuracy'), '', ''], *rows])
