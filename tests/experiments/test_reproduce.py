@@ -262,8 +262,12 @@ def test_ctrl_c_ends_the_training_and_the_same_command_goes_on(fake, monkeypatch
     monkeypatch.setenv('FAKE_SLEEP', '1')
     pid_file = fake.script.parent / 'pid'
     threading.Thread(target=lambda: (wait_for(pid_file), signal.raise_signal(signal.SIGINT)), daemon=True).start()
-    with pytest.raises(UserError, match='interrupted; the same command goes on'):
-        fake.run('figure6')
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process of the background
+    try:
+        with pytest.raises(UserError, match='interrupted; the same command goes on'):
+            fake.run('figure6')
+    finally:
+        signal.signal(signal.SIGINT, previous)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
     assert not read_results(fake.out / 'figure6.json')['complete']
@@ -411,17 +415,14 @@ def test_markdown(tmp_path):
         assert word in lines[-1]
 
 
-def test_table2_has_sizes_beside_the_papers():
+def test_table2_has_sizes_beside_the_papers_and_one_seed_never_passes_for_a_result():
     size = dict(params=2676147, macs=397180000, input_size=[3, 112, 112])
     text = results_markdown(results_of(
-        row_of('lfnsb', 0.01, 3, PAPER['table2']['lfnsb'], paper_size=(2.676, 397.35), **size),
-        row_of('ddamfn', 0.01, 3, paper_size=None, **size), experiment='table2'))
-    assert '2.676 M' in text and '397.2 M' in text and '2.676 M / 397.35 M' in text
-    assert 'RAF-DB 91.07, AffectNet-7 66.57, AffectNet-8 63.12' in text
-
-
-def test_one_seed_never_passes_for_a_result():
-    assert 'may be chance' in results_markdown(results_of(row_of('a', None, 1), row_of('b', None, 1), seeds=1))
+        row_of('lfnsb', None, 1, PAPER['table2']['lfnsb'], paper_size=(2.676, 397.35), **size),
+        row_of('ddamfn', None, 1, paper_size=None, **size), experiment='table2', seeds=1))
+    for word in ('2.676 M', '397.2 M', '2.676 M / 397.35 M', 'RAF-DB 91.07, AffectNet-7 66.57, AffectNet-8 63.12',
+                 'may be chance'):
+        assert word in text
 
 
 def test_show_refuses_other_files_and_has_results_of_its_own(tmp_path):
