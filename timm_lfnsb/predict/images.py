@@ -47,9 +47,12 @@ def read_image(source: ImageInput) -> np.ndarray:
         with Image.open(source) as image:
             return _from_pil(image)
     except Exception as error:  # every decoder has its own, many only when the data are read
-        known = {FileNotFoundError: 'no such file', Image.UnidentifiedImageError: 'not an image, or damaged'}
         reason = str(error).strip().partition('\n')[0].rstrip('.') or type(error).__name__
-        message = known.get(type(error), f'cannot be read as an image ({reason})')
+        message = f'cannot be read as an image ({reason})'
+        if isinstance(error, FileNotFoundError):
+            message = 'no such file'
+        elif isinstance(error, Image.UnidentifiedImageError):
+            message = 'not an image, or damaged'
         raise ImageError(f'{name}: {message}.') from error
 
 
