@@ -101,57 +101,45 @@ def test_card_of_a_folder_without_one(no_network, folder, tmp_path):
         push(str(folder), 'me/own', dry_run=True, license='mit', metrics=tmp_path / 'metrics.json')
 
 
-@pytest.mark.parametrize('name', [
-    'pytorch_model.bin', 'optimizer.PT', 'last.pth.tar', 'a.npy', 'modeling.py', 'face.png', 'data/', 'link.txt'])
-def test_pickles_code_pictures_folders_and_links_are_refused(no_network, folder, tmp_path, name):
-    if name == 'data/':
-        (folder / name).mkdir()
-    elif name == 'link.txt':
-        (tmp_path / 'secret.txt').write_text('secret')
-        (folder / name).symlink_to(tmp_path / 'secret.txt')
+@pytest.mark.parametrize('name, content, message', [
+    *((name, b'x', f'{name} is not to be published') for name in (
+        'pytorch_model.bin', 'optimizer.PT', 'last.pth.tar', 'a.npy', 'modeling.py', 'face.png')),
+    ('config.json', dict(label_names=['a', 'b']), 'the model has 7 classes, but'),
+    ('config.json', dict(label_names=['fear'] * 7), 'the model has 7 classes, but'),
+    ('config.json', dict(architecture='resnet18'), 'the folder does not load in timm'),
+    ('config.json', dict(architecture='nonsense'), 'Unknown model'),
+    ('config.json', dict(num_classes=8), 'the folder does not load in timm'),  # model_args say 7
+    ('config.json', dict(pretrained_cfg=None), 'the folder does not load in timm'),
+    ('config.json', dict(pretrained_cfg={}, label_names=None), 'no label_names'),
+    ('config.json', b'{', 'the folder does not load in timm'),
+    ('README.md', b'# no front matter\n', 'names no licence'),
+    ('README.md', b'---\nlicense: [unclosed\n---\n', 'no valid front matter'),
+    ('README.md', b'---\nlicense: mit\nmodel-index: nonsense\n---\n', 'no valid front matter'),
+    ('model.safetensors', dict(bias=float('nan')), r'not finite, in fc\.bias'),
+    ('model.safetensors', b'\x80\x04 a pickle', 'the folder does not load in timm'),
+    ('model.safetensors', None, r'has no model\.safetensors'),
+])
+def test_unsound_folders_are_refused(no_network, folder, name, content, message):
+    path = folder / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.unlink()
+    elif name == 'config.json':
+        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
     else:
-        (folder / name).write_bytes(b'x')
-    with pytest.raises(UserError, match=f"{name.strip('/')} is not to be published"):
-        push(str(folder), 'me/own', dry_run=True)
-
-
-@pytest.mark.parametrize('change, message', [
-    (dict(label_names=['a', 'b']), 'the model has 7 classes, but'),
-    (dict(label_names=['fear'] * 7), 'the model has 7 classes, but'),
-    (dict(architecture='resnet18'), 'the folder does not load in timm'),
-    (dict(architecture='nonsense'), 'Unknown model'),
-    (dict(num_classes=8), 'the folder does not load in timm'),  # model_args say 7
-    (dict(pretrained_cfg=None), 'the folder does not load in timm'),
-    (dict(pretrained_cfg={}, label_names=None), 'no label_names'),
-])
-def test_config_is_checked(no_network, folder, change, message):
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, **change}))
+        save_file({**load_file(path), 'fc.bias': torch.full((7,), content['bias'])}, path)
     with pytest.raises(UserError, match=message):
         push(str(folder), 'me/own', dry_run=True)
 
 
-@pytest.mark.parametrize('card, message', [
-    ('# no front matter\n', 'names no licence'),
-    ('---\nlicense: [unclosed\n---\n', 'no valid front matter'),
-    ('---\nlicense: mit\nmodel-index: nonsense\n---\n', 'no valid front matter'),
-])
-def test_card_is_checked(no_network, folder, card, message):
-    (folder / 'README.md').write_text(card)
-    with pytest.raises(UserError, match=message):
+def test_folders_and_links_are_refused(no_network, folder, tmp_path):
+    (tmp_path / 'secret.txt').write_text('secret')
+    (folder / 'notes.txt').symlink_to(tmp_path / 'secret.txt')
+    with pytest.raises(UserError, match=r'notes\.txt is not to be published'):
         push(str(folder), 'me/own', dry_run=True)
-
-
-def test_weights_are_checked(no_network, folder):
-    state = load_file(folder / 'model.safetensors')
-    save_file({**state, 'fc.bias': torch.full((7,), float('nan'))}, folder / 'model.safetensors')
-    with pytest.raises(UserError, match=r'not finite, in fc\.bias'):
-        push(str(folder), 'me/own', dry_run=True)
-    (folder / 'model.safetensors').write_bytes(b'\x80\x04 a pickle')
-    with pytest.raises(UserError, match='the folder does not load in timm'):
-        push(str(folder), 'me/own', dry_run=True)
-    (folder / 'model.safetensors').unlink()
-    with pytest.raises(UserError, match=r'has no model\.safetensors'):
+    (folder / 'data').mkdir()
+    with pytest.raises(UserError, match='data is not to be published'):
         push(str(folder), 'me/own', dry_run=True)
 
 
