@@ -55,16 +55,18 @@ def predict_lines(
     # Progress on a terminal only, and not for a few single images.
     bar = tqdm(found, unit='image', leave=False, disable=None if len(found) > 10 else True)
     for i, faces in enumerate(recognizer.stream(path for path, _ in bar)):
-        path, unreadable = found[i][0], isinstance(faces, ImageError)
+        path = found[i][0]
         with tqdm.external_write_mode():
-            if unreadable:
+            if isinstance(faces, ImageError):
                 yield str(faces), True
+                if as_json:
+                    yield json.dumps({'image': str(path), 'error': str(faces)}), False
+                continue
             if as_json:
-                answer = {'error': str(faces)} if unreadable else {'faces': [face.as_dict() for face in faces]}
-                yield json.dumps({'image': str(path), **answer}), False
-            elif not unreadable:
+                yield json.dumps({'image': str(path), 'faces': [face.as_dict() for face in faces]}), False
+            else:
                 yield from ((table.format(names[i], *cells).rstrip(), False) for cells in _cells(faces))
-        if annotate and not unreadable:
+        if annotate:
             targets[i].parent.mkdir(parents=True, exist_ok=True)
             with replacing(targets[i]) as temporary:
                 draw_faces(path, faces).save(temporary)
