@@ -12,8 +12,10 @@ from support import golden_networks, rule_input, rule_weights
 from timm.layers import create_attn
 from timm.utils import reparameterize_model
 
+from timm_lfnsb.models import cpu
+from timm_lfnsb.models.cpu import FusedBottleneck
 from timm_lfnsb.models.layers import CoordAttn, PReLU, fold_norm
-from timm_lfnsb.models.networks import FusedBottleneck, MixedBottleneck, pointwise_conv
+from timm_lfnsb.models.networks import MixedBottleneck
 
 MODELS = ['lfnsb', 'lfn_small', 'mfn', 'ddamfn', 'mobilefacenet']
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -98,18 +100,15 @@ def test_fused_networks_compile_trace_and_run_in_half_precision(name):
 def test_large_batches_go_through_in_parts(monkeypatch):
     fused = reparameterize_model(randomised('lfnsb').eval())
     x = torch.randn(5, 3, 112, 112)
-    whole, parts = [], []
-    in_place = FusedBottleneck.forward_in_place
+    sizes: list[int] = []
+    forward = FusedBottleneck.forward
+    monkeypatch.setattr(FusedBottleneck, 'forward', lambda self, x: sizes.append(len(x)) or forward(self, x))
     with torch.no_grad():
-        for sizes, limit in ((whole, 10 ** 12), (parts, 600_000)):  # the widest maps of an image have 1.2 MB and less
-            monkeypatch.setattr(FusedBottleneck, 'part_bytes', limit)
-            monkeypatch.setattr(
-                FusedBottleneck, 'forward_in_place',
-                lambda self, x, sizes=sizes: sizes.append(len(x)) or in_place(self, x))
-            sizes.append(fused(x))
-    assert set(whole[:-1]) == {5}
-    assert {1, 5} <= set(parts[:-1]) and sum(parts[:-1]) == sum(whole[:-1])
-    torch.testing.assert_close(parts[-1], whole[-1])
+        expected = fused(x)
+        assert set(sizes) == {5}
+        monkeypatch.setattr(cpu, 'PART_BYTES', 600_000)  # the widest maps of an image have 1.2 MB and less
+        torch.testing.assert_close(fused(x), expected)
+    assert {1, 5} < set(sizes)
 
 
 @pytest.mark.parametrize('stride', [1, 2])
@@ -139,32 +138,21 @@ def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, s
     ('attn', nn.Identity()),
     ('expand.act', nn.Identity()),
     ('expand.bn', nn.Identity()),
-    ('expand.conv', nn.Conv2d(16, 20, 3, padding=1, bias=False)),
-    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=1, groups=20)),
-    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=1, groups=10, bias=False)),
-    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=2, dilation=2, groups=20, bias=False)),
-    ('conv_dw.convs.0', nn.Conv2d(20, 20, 3, padding=1, groups=20, bias=False, padding_mode='reflect')),
+    ('expand.conv', None),
+    ('conv_dw.convs.0', nn.Conv2d(12, 12, 3, padding=1, groups=12)),
+    ('conv_dw.convs.0', nn.Conv2d(12, 12, 3, padding=1, groups=6, bias=False)),
+    ('conv_dw.convs.0', nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)),
+    ('conv_dw.convs.0', nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False, padding_mode='reflect')),
 ])
-def test_a_block_with_a_part_of_the_users_is_not_taken_apart(change, part):
-    block = MixedBottleneck(16, 16, {3: 20}).eval()
+@pytest.mark.parametrize('mix', [{3: 12}, {3: 12, 5: 8}])
+def test_a_block_with_a_part_of_the_users_computes_the_same(mix, change, part):
+    if change == 'expand.conv':
+        part = nn.Conv2d(16, sum(mix.values()), 3, padding=1, bias=False)
+    block = MixedBottleneck(16, 16, mix).eval()
     block.set_submodule(change, part)
     x = torch.randn(2, 16, 6, 6)
     with torch.no_grad():
-        expected = block(x)
-        fused = copy.deepcopy(block).fuse()
-        assert type(fused) is MixedBottleneck
-        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize('size', [3, 40])
-def test_pointwise_convolutions_of_few_and_of_many_positions(size, memory_format):
-    x = torch.randn(2, 16, size, size).to(memory_format=memory_format)
-    block = MixedBottleneck(16, 16, {3: 12, 5: 8}).eval().fuse()
-    weight, bias = torch.randn(7, 16), torch.randn(7)
-    expected = torch.einsum('oi,bihw->bohw', weight, x) + bias.view(-1, 1, 1)
-    for function in (pointwise_conv, block.pointwise_in_place):
-        torch.testing.assert_close(function(x, weight, bias), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(block).fuse()(x), block(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['lfnsb', 'mfn'])

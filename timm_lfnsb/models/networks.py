@@ -17,8 +17,6 @@ RepVGGDW - https://arxiv.org/abs/2307.09283; Spatial Bias - https://doi.org/10.1
 Where the papers and the authors' released code disagree, these networks follow the released code, which is what
 gives the published parameter counts; the README lists the differences.
 """
-import operator
-import re
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 import torch
@@ -36,21 +34,20 @@ from timm.models._features import feature_take_indices
 
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..weights.fetch import prefer_hub
-from ..weights.names import HUB_REVISIONS, WEIGHTS_DIR, hub_id
+from ..weights.names import HUB_REVISIONS, INPUT_SIZES, WEIGHTS_DIR, hub_id
+from .cpu import fuse_bottleneck, spatial_size
 from .layers import (
     ConvNorm,
     ConvNormAct,
     CoordAttn,
     Mix,
     MixedDepthwiseConv,
-    PReLU,
     RepVggDw,
     StemConv,
     StripGates,
-    eager_inference_on_cpu,
     fold_norm,
-    spatial_size,
 )
+from .released_keys import is_released, rename_keys
 
 __all__ = ['MixedFeatureNet']
 
@@ -80,118 +77,7 @@ class MixedBottleneck(nn.Module):
         for part in (self.expand, self.conv_dw, self.attn, self.project):
             if hasattr(part, 'reparameterize'):
                 part.reparameterize()
-        return FusedBottleneck(self) if self._is_as_built() else self
-
-    def _is_as_built(self) -> bool:
-        """Whether a fused block may call the parts its own way: nobody has put others into their places."""
-        built = [
-            (self.expand, ConvNormAct), (self.project, ConvNormAct), (self.conv_dw, MixedDepthwiseConv),
-            (self.attn, CoordAttn), (getattr(self.expand, 'act', None), PReLU),
-            (getattr(self.attn, 'act', None), nn.Hardswish),
-        ]
-        if not all(type(part) is kind for part, kind in built) or hasattr(self.project, 'act'):
-            return False
-        convs = [self.expand.conv, self.project.conv, self.attn.conv1, self.attn.conv_h, self.attn.conv_w]
-        if {type(module) for module in (*convs, *self.conv_dw.convs)} != {nn.Conv2d} or len(self.conv_dw.convs) > 1:
-            return False
-        conv_dw: nn.Conv2d = self.conv_dw.convs[0]  # type: ignore[assignment]
-        if (conv_dw.bias, conv_dw.dilation, conv_dw.padding_mode, conv_dw.in_channels, conv_dw.out_channels) != (
-                None, (1, 1), 'zeros', conv_dw.groups, conv_dw.groups):
-            return False
-        return not any(isinstance(part, nn.BatchNorm2d) for part in self.modules()) and all(
-            conv.bias is not None
-            and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
-            for conv in convs)
-
-
-def _as_matrix(conv: nn.Conv2d) -> Tuple[nn.Parameter, nn.Parameter]:
-    """Weight (out, in) and bias of a 1x1 convolution."""
-    return nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad), conv.bias  # type: ignore[return-value]
-
-
-def pointwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution of maps (B, in, H, W) whose weight is a matrix (out, in)."""
-    return F.conv2d(x, weight[:, :, None, None], bias)
-
-
-class FusedBottleneck(nn.Module):
-    """A mixed bottleneck after `reparameterize_model`: the same function of bare parameters.
-
-    At batch 1 on a CPU the time goes to Python and to starting operators rather than to arithmetic: to find a parameter
-    through its module takes as long as a small operator. So few positions go through the 1x1 convolutions as matrices,
-    in which form the weights are kept, and whatever can be is computed in place. Large batches go through in parts, so
-    that the wide maps inside the block stay in the cache. The parameters must stay parameters: prune or parametrise
-    before `reparameterize_model`.
-    """
-
-    part_bytes = 8_000_000
-    """Size of the widest map of a part."""
-
-    few_positions = 1024
-    """Positions up to which a linear layer is faster: it starts without a convolution's preparation of weights."""
-
-    def __init__(self, block: MixedBottleneck):
-        super().__init__()
-        self.residual = block.residual
-        conv_dw: nn.Conv2d = block.conv_dw.convs[0]  # type: ignore[assignment]
-        self.mid_chs, self.stride, self.padding = conv_dw.out_channels, conv_dw.stride, conv_dw.padding
-        self.expand_weight, self.expand_bias = _as_matrix(block.expand.conv)
-        self.slopes = block.expand.act.weight
-        self.dw_weight = conv_dw.weight
-        self.reduce_weight, self.reduce_bias = _as_matrix(block.attn.conv1)
-        self.gate_h_weight, self.gate_h_bias = _as_matrix(block.attn.conv_h)
-        self.gate_w_weight, self.gate_w_bias = _as_matrix(block.attn.conv_w)
-        self.project_weight, self.project_bias = _as_matrix(block.project.conv)
-        self.train(block.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if eager_inference_on_cpu(x):
-                batch, _, height, width = x.shape
-                if batch > 1:
-                    count = max(1, self.part_bytes // (self.mid_chs * height * width * x.element_size()))
-                    if count < batch:
-                        return torch.cat([self.forward_in_place(part) for part in x.split(count)])
-                return self.forward_in_place(x)
-
-        y = F.prelu(pointwise_conv(x, self.expand_weight, self.expand_bias), self.slopes)
-        y = F.conv2d(y, self.dw_weight, None, self.stride, self.padding, groups=self.mid_chs)
-        height, width = spatial_size(y)
-        gate_h = F.hardswish(pointwise_conv(F.avg_pool2d(y, (1, width)), self.reduce_weight, self.reduce_bias))
-        gate_w = F.hardswish(pointwise_conv(F.avg_pool2d(y, (height, 1)), self.reduce_weight, self.reduce_bias))
-        gate_h = pointwise_conv(gate_h, self.gate_h_weight, self.gate_h_bias).sigmoid()
-        gate_w = pointwise_conv(gate_w, self.gate_w_weight, self.gate_w_bias).sigmoid()
-        y = pointwise_conv(y * gate_h * gate_w, self.project_weight, self.project_bias)
-        return y + x if self.residual else y
-
-    def forward_in_place(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for maps on a CPU when nobody asks for gradients."""
-        (expand, expand_bias, slopes, dw, reduce, reduce_bias, gate_h, gate_h_bias, gate_w, gate_w_bias, project,
-         project_bias) = _FUSED_PARAMETERS(self._parameters)
-        y = F.prelu(self.pointwise_in_place(x, expand, expand_bias), slopes)
-        y = torch.conv2d(y, dw, None, self.stride, self.padding, 1, self.mid_chs)
-        height, width = y.shape[2:]
-        # From here channels come last, as linear layers want them and broadcasts take them.
-        h = F.linear(F.avg_pool2d(y, (1, width)).permute(0, 2, 3, 1), reduce, reduce_bias)
-        w = F.linear(F.avg_pool2d(y, (height, 1)).permute(0, 2, 3, 1), reduce, reduce_bias)
-        h = F.linear(F.hardswish(h, inplace=True), gate_h, gate_h_bias).sigmoid_()
-        w = F.linear(F.hardswish(w, inplace=True), gate_w, gate_w_bias).sigmoid_()
-        y.permute(0, 2, 3, 1).mul_(h).mul_(w)
-        y = self.pointwise_in_place(y, project, project_bias)
-        return y.add_(x) if self.residual else y
-
-    def pointwise_in_place(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """A 1x1 convolution as what is faster for this number of positions."""
-        batch, _, height, width = x.shape
-        if batch * height * width > self.few_positions:
-            return pointwise_conv(x, weight, bias)
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-
-
-# All in one go and past `nn.Module`'s own way to them, which takes 0.6 us each.
-_FUSED_PARAMETERS = operator.itemgetter(
-    'expand_weight', 'expand_bias', 'slopes', 'dw_weight', 'reduce_weight', 'reduce_bias', 'gate_h_weight',
-    'gate_h_bias', 'gate_w_weight', 'gate_w_bias', 'project_weight', 'project_bias')
+        return fuse_bottleneck(self)
 
 
 class PlainBottleneck(nn.Module):
@@ -508,42 +394,6 @@ class MixedFeatureNet(nn.Module):
         return x
 
 
-# Key prefixes of the authors' released code -> ours. LFN and MFN name their layers, LFNSB and DDAMFN number them.
-_AUTHORS_KEYS: Tuple[Tuple[str, str], ...] = (
-    (r'^(features\.0|conv1)\.', 'stem.0.'),
-    (r'^(features\.1|conv2_dw)\.', 'stem.1.'),
-    (r'^(features\.2|conv_23)\.', 'stages.0.0.'),
-    (r'^(features\.3|conv_3)\.model\.(\d+)\.', 'stages.0.{}.'),
-    (r'^(features\.4|conv_34)\.', 'stages.1.0.'),
-    (r'^(features\.5|conv_4)\.model\.(\d+)\.', 'stages.1.{}.'),
-    (r'^(features\.6|conv_45)\.', 'stages.2.0.'),
-    (r'^(features\.7|conv_5)\.model\.(\d+)\.', 'stages.2.{}.'),
-    (r'^(features\.8|conv_?6_sep)\.', 'stages.2.7.'),
-    (r'^conv_?6_dw\.', 'head.gdconv.'),
-    (r'^linear\.', 'head.linear.'),
-    (r'^bn\.', 'head.bn.'),
-    (r'^sb\.feature_reduction\.0\.', 'head.reduce.conv.'),
-    (r'^sb\.feature_reduction\.1\.', 'head.reduce.bn.'),
-    (r'^sb\.sb_conv\.', 'head.conv.'),
-    (r'^cat_head0\.CoordAtt\.', 'head.attn1.'),
-    (r'^cat_head1\.CoordAtt\.', 'head.attn2.'),
-    (r'^Linear\.', 'head.gdconv.'),
-)
-_AUTHORS_PARTS: Tuple[Tuple[str, str], ...] = (
-    (r'(stages\.(?!2\.7\.)\d\.\d+\.)conv\.(conv|bn)\.', r'\1expand.\2.'),
-    (r'(stages\.(?!2\.7\.)\d\.\d+\.)conv\.prelu\.', r'\1expand.act.'),
-    (r'\.mixed_depthwise_conv\.', '.convs.'),
-    (r'\.CA\.', '.attn.'),
-    (r'(attn\d?)\.conv2\.', r'\1.conv_h.'),
-    (r'(attn\d?)\.conv3\.', r'\1.conv_w.'),
-    (r'\.Linear_([hw])\.', r'.strip_\1.'),
-    (r'^(stem\.\d|head\.gdconv)\.c\.', r'\1.conv.'),
-    (r'\.prelu\.', '.act.'),
-)
-# Keys the authors' modules own but never use in their forward.
-_AUTHORS_DEAD_KEYS = re.compile(r'\.conv_dw\.(bn|prelu)\.|\.CoordAtt\.Linear\.')
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped).
 
@@ -555,8 +405,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         if wrapper in state_dict:
             state_dict = state_dict[wrapper]
     state_dict = clean_state_dict(state_dict)
-    if any('.mixed_depthwise_conv.' in key for key in state_dict):
-        state_dict = _rename_authors_keys(state_dict, model)
+    if is_released(state_dict):
+        state_dict = rename_keys(state_dict, model)
 
     def relevant(keys: Iterable[str]) -> Set[str]:
         return {key for key in keys if not key.startswith('fc.') and not key.endswith('.num_batches_tracked')}
@@ -571,28 +421,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
-def _rename_authors_keys(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    out: Dict[str, torch.Tensor] = {}
-    for key, value in state_dict.items():
-        # Their networks with an embedding head call its norm 'bn'; in the others that name is dead.
-        if _AUTHORS_DEAD_KEYS.search(key) or (key.startswith('bn.') and not isinstance(model.head, EmbeddingHead)):
-            continue
-        for pattern, prefix in _AUTHORS_KEYS:
-            match = re.match(pattern, key)
-            if match:
-                block = int(match[2]) + 1 if match.lastindex == 2 else 0  # block 0 is the one of stride 2
-                key = prefix.format(block) + key[match.end():]
-                break
-        for pattern, part in _AUTHORS_PARTS:
-            key = re.sub(pattern, part, key)
-        out[key] = value
-    return out
-
-
-def _cfg(label_names: Tuple[str, ...] = EXPRESSIONS_7, **kwargs: Any) -> Dict[str, Any]:
+def _cfg(label_names: Tuple[str, ...] = EXPRESSIONS_7, size: int = 112, **kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': len(label_names), 'label_names': label_names,
-        'input_size': (3, 112, 112), 'pool_size': (7, 7),
+        'input_size': (3, size, size), 'pool_size': (size // 16, size // 16),
         'crop_pct': 1.0, 'crop_mode': 'squash', 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.0.conv', 'classifier': 'fc', 'license': 'apache-2.0',
@@ -619,8 +451,8 @@ _UNTRAINED_TAGS = {'rafdb': EXPRESSIONS_7, 'affectnet7': EXPRESSIONS_7, 'affectn
 default_cfgs = generate_default_cfgs({
     **{
         name: _cfg(
-            EXPRESSIONS_8, file=str(WEIGHTS_DIR / f'{name}.safetensors'), hf_hub_id=hub_id(name),
-            **_ARCHS[name.split('.')[0]])
+            EXPRESSIONS_8, INPUT_SIZES.get(name, 112), file=str(WEIGHTS_DIR / f'{name}.safetensors'),
+            hf_hub_id=hub_id(name), **_ARCHS[name.split('.')[0]])
         for name in HUB_REVISIONS
     },
     **{

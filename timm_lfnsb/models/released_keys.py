@@ -1,0 +1,70 @@
+"""State dict keys of the authors' released code, and ours.
+
+LFN and MFN name their layers there, LFNSB and DDAMFN number them.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+# Their prefix -> ours; a second group counts the blocks of a stage after the one of stride 2.
+_PREFIXES: tuple[tuple[str, str], ...] = (
+    (r'^(features\.0|conv1)\.', 'stem.0.'),
+    (r'^(features\.1|conv2_dw)\.', 'stem.1.'),
+    (r'^(features\.2|conv_23)\.', 'stages.0.0.'),
+    (r'^(features\.3|conv_3)\.model\.(\d+)\.', 'stages.0.{}.'),
+    (r'^(features\.4|conv_34)\.', 'stages.1.0.'),
+    (r'^(features\.5|conv_4)\.model\.(\d+)\.', 'stages.1.{}.'),
+    (r'^(features\.6|conv_45)\.', 'stages.2.0.'),
+    (r'^(features\.7|conv_5)\.model\.(\d+)\.', 'stages.2.{}.'),
+    (r'^(features\.8|conv_?6_sep)\.', 'stages.2.7.'),
+    (r'^conv_?6_dw\.', 'head.gdconv.'),
+    (r'^linear\.', 'head.linear.'),
+    (r'^bn\.', 'head.bn.'),
+    (r'^sb\.feature_reduction\.0\.', 'head.reduce.conv.'),
+    (r'^sb\.feature_reduction\.1\.', 'head.reduce.bn.'),
+    (r'^sb\.sb_conv\.', 'head.conv.'),
+    (r'^cat_head0\.CoordAtt\.', 'head.attn1.'),
+    (r'^cat_head1\.CoordAtt\.', 'head.attn2.'),
+    (r'^Linear\.', 'head.gdconv.'),
+)
+_PARTS: tuple[tuple[str, str], ...] = (
+    (r'(stages\.(?!2\.7\.)\d\.\d+\.)conv\.(conv|bn)\.', r'\1expand.\2.'),
+    (r'(stages\.(?!2\.7\.)\d\.\d+\.)conv\.prelu\.', r'\1expand.act.'),
+    (r'\.mixed_depthwise_conv\.', '.convs.'),
+    (r'\.CA\.', '.attn.'),
+    (r'(attn\d?)\.conv2\.', r'\1.conv_h.'),
+    (r'(attn\d?)\.conv3\.', r'\1.conv_w.'),
+    (r'\.Linear_([hw])\.', r'.strip_\1.'),
+    (r'^(stem\.\d|head\.gdconv)\.c\.', r'\1.conv.'),
+    (r'\.prelu\.', '.act.'),
+)
+# Keys the authors' modules own but never use in their forward.
+_DEAD = re.compile(r'\.conv_dw\.(bn|prelu)\.|\.CoordAtt\.Linear\.')
+
+
+def is_released(keys: Iterable[str]) -> bool:
+    """Whether keys of a state dict are those of the released code."""
+    return any('.mixed_depthwise_conv.' in key for key in keys)
+
+
+def rename_keys(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The state dict with the keys of `model`, without those of parts that the released code never uses."""
+    out: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        # Their networks with an embedding head call its norm 'bn'; in the others that name is dead.
+        if _DEAD.search(key) or (key.startswith('bn.') and not hasattr(model.head, 'bn')):
+            continue
+        for pattern, prefix in _PREFIXES:
+            match = re.match(pattern, key)
+            if match:
+                block = int(match[2]) + 1 if match.lastindex == 2 else 0
+                key = prefix.format(block) + key[match.end():]
+                break
+        for pattern, part in _PARTS:
+            key = re.sub(pattern, part, key)
+        out[key] = value
+    return out
