@@ -6,8 +6,8 @@ import itertools
 import json
 import re
 
-import numpy as np
 import pytest
+import skimage.data
 import timm
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.hub import card
+from timm_lfnsb.hub.push import staged
 from timm_lfnsb.weights.names import embedded_weights, weights_info
 
 NAMES = embedded_weights()
@@ -92,16 +93,8 @@ def test_every_figure_is_the_jsons(name, cards):
     assert [row['run'] for row in trained] == [str(i) for i, _ in enumerate(stored['runs'], 1)]
     assert all(row['recipe'].startswith(run['recipe']) for row, run in zip(trained, stored['runs'], strict=True))
     assert all(note in text for note in [*stored['notes'], *stored['history']])
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_what_a_card_must_say(name, cards):
-    text = ' '.join(cards[name].split())
-    for heading in ('What it does', 'Use', 'Figures', 'Robustness', 'Speed', 'Training', 'Limits', 'Citation'):
-        assert f'## {heading}' in text
-    for phrase in (
-            'must not be redistributed', 'MIT licence', 'Fairness was therefore not measured', 'Article 5(1)(f)',
-            'An expression is not a feeling', 'too few faces', 'FER+ is grey', 'plurality'):
+    for phrase in ('must not be redistributed', 'MIT licence', 'Fairness was therefore not measured', 'too few faces',
+                   'An expression is not a feeling', 'Article 5(1)(f)', 'FER+ is grey', 'the plurality of the ten'):
         assert phrase in text, phrase
     assert '/tmp' not in text and 'nan' not in text.split() and 'None' not in text.replace('detector=None', '')
 
@@ -176,38 +169,19 @@ def test_speed_comes_from_benchmark_reports_alone(tmp_path):
     assert len(rows_of(card.speed_table('lfnsb.ferplus_64', (3, 64, 64), tmp_path), 'machine')) == 1
 
 
-def snippets(text: str) -> list[str]:
-    return re.findall(r'```python\n(.*?)```', text, re.S)
-
-
-def test_the_snippets_for_timm_and_photographs_run(info, tmp_path, monkeypatch, capsys):
-    from skimage.data import astronaut
+def test_the_snippets_run(info, cards, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('transformers', reason="pip install 'timm-lfnsb[test]' brings transformers")
     monkeypatch.chdir(tmp_path)
-    photo = astronaut()
+    photo = skimage.data.astronaut()
     Image.fromarray(photo).save('photo.jpg')
     Image.fromarray(photo[70:190, 165:285]).save('face.jpg')
-    first, second, _ = snippets(card.render_card(info))
-    exec(first, {})
-    label, score = capsys.readouterr().out.split()
-    assert label in info['label_names'] and 0 < float(score) <= 1
-    exec(second, {})
-    printed = capsys.readouterr().out
-    assert any(label in printed for label in info['label_names'])
-
-
-def test_the_snippet_for_transformers_runs(info, tmp_path, monkeypatch, capsys):
-    pytest.importorskip('transformers', reason='pip install transformers')
-    model = timm.create_model('lfnsb.ferplus', pretrained=True)
-    save_for_hf(model, str(tmp_path / 'FOLDER'), model_config={'label_names': info['label_names']},
-                safe_serialization=True)
-    config = json.loads((tmp_path / 'FOLDER' / 'config.json').read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # as push does, see there
-    (tmp_path / 'FOLDER' / 'config.json').write_text(json.dumps(config))
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(np.full((48, 48, 3), 90, np.uint8)).save('face.jpg')
-    exec(snippets(card.render_card(info))[2], {})
-    printed = capsys.readouterr().out
-    assert 'score' in printed and any(label in printed for label in info['label_names'])
+    snippets = re.findall(r'```python\n(.*?)```', cards['lfnsb.ferplus'], re.S)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        with staged('lfnsb.ferplus', 'me/own') as folder:
+            exec(snippet.replace('FOLDER', str(folder)), {})
+        printed = capsys.readouterr().out
+        assert any(label in printed for label in info['label_names']), snippet
 
 
 @pytest.fixture
