@@ -13,12 +13,5 @@ def count(models: tuple[str, ...], as_json: bool) -> None:
 
     from ..models.count import count_model, format_counts
     from ..models.networks import default_cfgs
-    try:
-        counts = [count_model(name) for name in models or default_cfgs]
-    except (RuntimeError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
-    if as_json:
-        for item in counts:
-            click.echo(json.dumps(item.as_dict()))
-    else:
-        click.echo(format_counts(counts))
+    counts = [count_model(name) for name in models or default_cfgs]
+    click.echo('\n'.join(json.dumps(item.as_dict()) for item in counts) if as_json else format_counts(counts))

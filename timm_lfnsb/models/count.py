@@ -4,13 +4,15 @@ fvcore calls its figure flops; it counts multiply-accumulates (MACs), and so doe
 """
 from __future__ import annotations
 
-from collections import Counter
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
+
+from ..errors import UserError
 
 # Table 2 of the paper: parameters and "FLOPs" in millions. The MFN and MobileFaceNet rows are quoted there from the
 # DDAMFN paper, made with a tool nobody names; they do not match fvcore's count to the digit.
@@ -23,16 +25,10 @@ PAPER_TABLE_2: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Count:
-    """Size of one model at one image.
+    """Parameters and multiply-accumulates (MACs) of one model at one image of `input_size` (channels, height, width).
 
-    Attributes:
-        model: Name of the model.
-        input_size: (channels, height, width).
-        num_classes: Classes of its classifier.
-        params: Number of parameters.
-        macs: Multiply-accumulates of one forward pass.
-        stages: For each part of the network its parameters and MACs, in order.
-        uncounted: Operators that fvcore has no handler for, with how often they run.
+    `stages` has both for each part of the network, `uncounted` the operators that fvcore has no handler for and how
+    often they run.
     """
 
     model: str
@@ -55,11 +51,7 @@ class Count:
 
 def _count_pool(inputs: list[Any], outputs: list[Any]) -> int:
     """One operation per input value, as fvcore counts its adaptive average pool, however the pool is written."""
-    shape = inputs[0].type().sizes() or []
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return math.prod(inputs[0].type().sizes() or [])
 
 
 def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
@@ -69,9 +61,15 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
         name: Name for `timm.create_model`.
         model: Count this nn.Module instead of creating one.
         **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        UserError: When there is no such model.
     """
     if model is None:
-        model = timm.create_model(name, pretrained=False, **kwargs)
+        try:
+            model = timm.create_model(name, pretrained=False, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'cannot create the model {name}: {error}') from error
     model = model.eval()
     input_size = tuple(timm.data.resolve_model_data_config(model)['input_size'])
     analysis = FlopCountAnalysis(model, torch.zeros(1, *input_size))
@@ -86,7 +84,6 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
     stages = {
         part: (sum(p.numel() for p in modules[part].parameters()), int(by_module[part])) for part in parts
     }
-    uncounted: Counter[str] = analysis.unsupported_ops()
     return Count(
         model=name,
         input_size=input_size,
@@ -94,7 +91,7 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
         params=sum(p.numel() for p in model.parameters()),
         macs=int(analysis.total()),
         stages=stages,
-        uncounted=dict(uncounted.most_common()),
+        uncounted=dict(analysis.unsupported_ops().most_common()),
     )
 
 

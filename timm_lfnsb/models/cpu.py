@@ -56,6 +56,13 @@ def _eager_inference_on_cpu(x: torch.Tensor) -> bool:
     return _eager_on_cpu(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu')
 
 
+# Gradients are computed in place, unless somebody wants second derivatives, which that would spoil.
+
+
+def _times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return x * factor if torch.is_grad_enabled() else x.mul_(factor)
+
+
 class _PReLUFunction(torch.autograd.Function):
     """PReLU with a vectorised gradient: torch's own kernel on the CPU goes element by element."""
 
@@ -75,10 +82,9 @@ class _PReLUFunction(torch.autograd.Function):
         slopes = weight.view(-1, 1, 1)
         grad_positive = torch.ops.aten.threshold_backward(grad, x, 0)  # where x > 0
         grad_negative = grad - grad_positive
-        if torch.is_grad_enabled():  # somebody wants second derivatives, which in-place operators would spoil
+        if torch.is_grad_enabled():
             return torch.addcmul(grad_positive, grad_negative, slopes), (grad_negative * x).sum((0, 2, 3))
-        grad_positive.addcmul_(grad_negative, slopes)
-        return grad_positive, grad_negative.mul_(x).sum((0, 2, 3))
+        return grad_positive.addcmul_(grad_negative, slopes), grad_negative.mul_(x).sum((0, 2, 3))
 
 
 def prelu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -136,12 +142,8 @@ class _GateFunction(torch.autograd.Function):
         height, width = x.shape[-2:]
         product = grad * x
         grad_h = F.avg_pool2d(product * gate_w, (1, width), divisor_override=1)
-        # In place, unless somebody wants second derivatives.
-        product = product * gate_h if torch.is_grad_enabled() else product.mul_(gate_h)
-        grad_w = F.avg_pool2d(product, (height, 1), divisor_override=1)
-        grad_x = grad * gate_h
-        grad_x = grad_x * gate_w if torch.is_grad_enabled() else grad_x.mul_(gate_w)
-        return grad_x, grad_h, grad_w
+        grad_w = F.avg_pool2d(_times(product, gate_h), (height, 1), divisor_override=1)
+        return _times(grad * gate_h, gate_w), grad_h, grad_w
 
 
 def apply_gates(x: torch.Tensor, gate_h: torch.Tensor, gate_w: torch.Tensor) -> torch.Tensor:

@@ -62,15 +62,8 @@ class ConvNorm(nn.Sequential):
     """Convolution without bias (padding k // 2 unless given) and batch norm, then what a subclass adds."""
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            kernel_size: int | tuple[int, int] = 1,
-            stride: int = 1,
-            padding: int | None = None,
-            groups: int = 1,
-            device=None,
-            dtype=None,
+            self, in_chs: int, out_chs: int, kernel_size: int | tuple[int, int] = 1, stride: int = 1,
+            padding: int | None = None, groups: int = 1, device=None, dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -89,15 +82,8 @@ class ConvNormAct(ConvNorm):
     """Convolution without bias (padding k // 2), batch norm, and PReLU per channel where `act` is set."""
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            kernel_size: int = 1,
-            stride: int = 1,
-            groups: int = 1,
-            act: bool = True,
-            device=None,
-            dtype=None,
+            self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, act: bool = True,
+            device=None, dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(in_chs, out_chs, kernel_size, stride, groups=groups, **dd)

@@ -54,7 +54,3 @@ def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
     commit = fetch_model(repo_id, revision or None, cache_dir)
     # The files of this commit are in the cache, so nothing is asked or fetched any more.
     return timm.create_model(f'hf-hub:{repo_id}@{commit}', pretrained=True, cache_dir=cache_dir)
-
-
-def load_for_inference(name: str) -> nn.Module:
-    return load_model(name, inference=True)

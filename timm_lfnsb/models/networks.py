@@ -23,30 +23,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    clean_state_dict,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, checkpoint_seq, clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..weights.fetch import prefer_hub
 from ..weights.names import HUB_REVISIONS, INPUT_SIZES, WEIGHTS_DIR, hub_id
 from .cpu import fuse_bottleneck, spatial_size
-from .layers import (
-    ConvNorm,
-    ConvNormAct,
-    CoordAttn,
-    Mix,
-    MixedDepthwiseConv,
-    RepVggDw,
-    StemConv,
-    StripGates,
-    fold_norm,
-)
+from .layers import ConvNorm, ConvNormAct, CoordAttn, Mix, MixedDepthwiseConv, RepVggDw, StemConv, StripGates, fold_norm
 from .released_keys import is_released, rename_keys
 
 __all__ = ['MixedFeatureNet']
@@ -264,8 +249,8 @@ class MixedFeatureNet(nn.Module):
             self.feature_info.append(dict(num_chs=prev_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
 
         self.num_features = prev_chs
-        img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        map_size = (-(-img_size[0] // 16), -(-img_size[1] // 16))
+        height, width = to_2tuple(img_size)
+        map_size = (-(-height // 16), -(-width // 16))
         self.head_pool = self.global_pool = head
         self.head = HEADS[head](prev_chs, embed_dim, map_size, **dd)
         self.head_hidden_size = embed_dim
@@ -278,13 +263,8 @@ class MixedFeatureNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(
-            stem=r'^stem',
-            blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.(\d+)', None),
-                (r'^head', (99999,)),
-            ],
-        )
+        blocks = r'^stages\.(\d+)' if coarse else [(r'^stages\.(\d+)\.(\d+)', None), (r'^head', (99999,))]
+        return dict(stem=r'^stem', blocks=blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -324,14 +304,11 @@ class MixedFeatureNet(nn.Module):
 
         Args:
             x: Images (B, C, H, W).
-            indices: Take the last n maps if int, all if None, else those selected: 0 is the stem, 1 to 3 the stages.
+            indices: The last n maps if int, all if None, else those selected: 0 is the stem, 1 to 3 the stages.
             norm: Without effect, the last stage has no norm of its own.
             stop_early: Leave out the stages after the last selected map.
             output_fmt: 'NCHW'.
-            intermediates_only: Return only the intermediate maps.
-
-        Returns:
-            The selected maps at strides 2, 4, 8 and 16, and before them the final map unless `intermediates_only`.
+            intermediates_only: Leave out the final map, which else comes before the list of the others.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         intermediates = []
@@ -432,15 +409,15 @@ def _cfg(label_names: Tuple[str, ...] = EXPRESSIONS_7, size: int = 112, **kwargs
     }
 
 
-_LFN_PAPER = dict(paper_ids='doi:10.20944/preprints202408.1304.v1')
-_MFN_PAPER = dict(paper_ids='doi:10.3390/electronics12173595')
+_LFN = dict(paper_ids='doi:10.20944/preprints202408.1304.v1')
+_MFN = dict(paper_ids='doi:10.3390/electronics12173595')
 
 # A GDConv covers the whole map, which fixes the input size; Spatial Bias does not.
 _ARCHS: Dict[str, Dict[str, Any]] = {
-    'lfn_small': dict(_LFN_PAPER, fixed_input_size=True),
-    'lfnsb': dict(_LFN_PAPER),
-    'mfn': dict(_MFN_PAPER, fixed_input_size=True),
-    'ddamfn': dict(_MFN_PAPER, fixed_input_size=True),
+    'lfn_small': dict(_LFN, fixed_input_size=True),
+    'lfnsb': _LFN,
+    'mfn': dict(_MFN, fixed_input_size=True),
+    'ddamfn': dict(_MFN, fixed_input_size=True),
     'mobilefacenet': dict(paper_ids='arXiv:1804.07573', fixed_input_size=True),
 }
 

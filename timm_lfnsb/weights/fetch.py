@@ -11,6 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,12 +31,8 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     The variable is read at each call. Without it, and wherever the caller names a source of his own, nothing changes.
 
-    Args:
-        variant: Name of the network.
-        kwargs: What `build_model_with_cfg` is to be called with, `pretrained_cfg` and so on among it.
-
     Raises:
-        UserError: See `fetch_weights`; there is no falling back to the embedded file. Also for another value.
+        UserError: When there are no weights, or they cannot be had: there is no falling back to the embedded file.
     """
     choice = os.environ.get('TIMM_LFNSB_WEIGHTS') or 'embedded'
     if choice not in ('embedded', 'hub'):
@@ -58,17 +55,9 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def fetch_weights(name: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """Download own weights, or find them in the cache, and check them.
+    """Download own weights, or find them in the cache, and check their SHA-256 by the JSON that comes with the package.
 
-    A file that is not the right one is fetched once more, in case the cache was damaged.
-
-    Args:
-        name: Name of embedded weights, for instance 'lfnsb.ferplus'.
-        revision: Commit, branch or tag; default the pinned commit, or 'main' where none is.
-        cache_dir: Cache folder instead of huggingface_hub's own.
-
-    Returns:
-        Path of the file in the cache; its SHA-256 is the one in the JSON that comes with the package.
+    Without a revision (commit, branch or tag) it is the pinned commit, or 'main' where none is.
 
     Raises:
         UserError: When it cannot be had, or is another file.
@@ -76,35 +65,23 @@ def fetch_weights(name: str, revision: str | None = None, cache_dir: str | Path 
     repo_id = hub_id(name)
     pinned = HUB_REVISIONS.get(name) if HUB_ORG == DEFAULT_ORG and revision is None else None
     expected = json.loads((WEIGHTS_DIR / f'{name}.json').read_text(encoding='utf-8'))['sha256']
-    path = _download(repo_id, 'model.safetensors', revision or pinned, cache_dir)
-    if file_sha256(path) != expected:
-        path = _download(repo_id, 'model.safetensors', revision or pinned, cache_dir, force=True)
-        if file_sha256(path) != expected:
-            raise UserError(
-                f'model.safetensors of {repo_id} is not the file this version of timm_lfnsb knows (SHA-256 '
-                f'{expected[:12]}...), and was not loaded: it was altered, or belongs to another version of the '
-                'package.')
-    if pinned and _commit_of(path) != pinned:
+    path = _download_checked(
+        expected, f'model.safetensors of {repo_id} is not the file this version of timm_lfnsb knows (SHA-256 '
+        f'{expected[:12]}...), and was not loaded: it was altered, or belongs to another version of the package.',
+        repo_id, 'model.safetensors', revision or pinned, cache_dir)
+    if pinned and path.parent.name != pinned:
         raise UserError(f'{repo_id} was asked for the pinned commit {pinned} and gave another: it was not loaded.')
     return path
 
 
 def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> str:
-    """Download config.json and the safetensors file of any timm model on the Hub into the cache.
-
-    Args:
-        repo_id: 'ORG/NAME'.
-        revision: Commit, branch or tag; default 'main'.
-        cache_dir: Cache folder instead of huggingface_hub's own.
-
-    Returns:
-        The commit both files are of.
+    """Download config.json and the safetensors file of any timm model on the Hub; returns the commit both are of.
 
     Raises:
         UserError: When one of them cannot be had, is damaged, or the repository wants other files than safetensors.
     """
     config_path = _download(repo_id, 'config.json', revision, cache_dir)
-    commit = _commit_of(config_path)
+    commit = config_path.parent.name  # .../snapshots/COMMIT/FILE
     try:
         config = json.loads(config_path.read_text(encoding='utf-8'))
         pretrained_cfg = config.get('pretrained_cfg', config)
@@ -112,123 +89,102 @@ def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path
         foreign = pretrained_cfg.get('custom_load')
     except (ValueError, AttributeError):
         raise UserError(f'config.json of {repo_id} is not one of a timm model.') from None
+    pickled = UserError(
+        f'{repo_id} has no model.safetensors, and pickled weights from the Hub are not loaded, because they can hold '
+        'code: ask its author for a safetensors file.')
+    if foreign or not str(filename).endswith('.safetensors'):
+        raise pickled
     try:
-        if foreign or not str(filename).endswith('.safetensors'):
-            raise UserError
         path = _download(repo_id, filename, commit, cache_dir)
-        etag = path.resolve().name  # the cache names a file after what the Hub calls it: for large files the SHA-256
-        if _SHA256.fullmatch(etag) and file_sha256(path) != etag:
-            path = _download(repo_id, filename, commit, cache_dir, force=True)
-            if file_sha256(path) != etag:
-                raise UserError(f'{filename} of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and '
-                               'was not loaded: it was altered or damaged on the way.')
     except UserError as error:
-        if error.args and not _missing(error.__cause__):
-            raise
-        raise UserError(
-            f'{repo_id} has no model.safetensors, and pickled weights from the Hub are not loaded, because they can '
-            'hold code: ask its author for a safetensors file.') from None
+        raise pickled if _is_missing(error.__cause__) else error from None
+    etag = path.resolve().name  # the cache names a file after what the Hub calls it: for large files the SHA-256
+    if _SHA256.fullmatch(etag):
+        _download_checked(
+            etag, f'{filename} of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and was not '
+            'loaded: it was altered or damaged on the way.', repo_id, filename, commit, cache_dir)
     return commit
 
 
 def describe_error(error: BaseException, repo_id: str, what: str = '', revision: str | None = None) -> str:
-    """One sentence for what the Hub's client raised: what is wrong, and what to do.
+    """One sentence for what a call of huggingface_hub raised: what is wrong, and what to do.
 
-    Args:
-        error: Any exception from a call of huggingface_hub.
-        repo_id: The repository that was asked.
-        what: The file that was asked for, if any.
-        revision: The revision that was asked for, if any.
+    `what` and `revision` are the file and the revision that were asked for, if any.
     """
     from huggingface_hub import constants
-    from huggingface_hub import errors as hub
     host = urlsplit(constants.ENDPOINT).netloc
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-    if any(isinstance(cause, hub.OfflineModeIsEnabled) for cause in causes):
-        return (f'{what or "the model"} of {repo_id} is not in the cache and HF_HUB_OFFLINE forbids to fetch it: unset '
-                'HF_HUB_OFFLINE once, with a network.')
-    if any('Timeout' in type(cause).__name__ for cause in causes):
-        return (f'{host} did not answer in time: try again later, or raise HF_HUB_ETAG_TIMEOUT and '
-                'HF_HUB_DOWNLOAD_TIMEOUT (seconds).')
-    if any(_is_unreachable(cause) for cause in causes):
-        return f'{host} cannot be reached ({first_line(error)}): check the network, and HF_ENDPOINT if you set it.'
-    if any(type(cause).__name__ == 'FileMetadataError' for cause in causes):
-        return f'{host} does not answer as a Hub does: check HF_ENDPOINT if you set it, and proxies.'
-    error = next((cause for cause in causes if isinstance(cause, hub.HfHubHTTPError)), error)
-    if isinstance(error, hub.GatedRepoError):
-        return f'{repo_id} is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN.'
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return (f'there is no model {repo_id} on {host}, or it is private: check the name, and log in with '
-                '`hf auth login` or set HF_TOKEN if it is private.')
-    if isinstance(error, hub.RevisionNotFoundError):
-        return f'{repo_id} has no revision {revision}: leave it out, or take one of its branches, tags or commits.'
-    if _missing(error):
-        return f'{repo_id} has no file {what}: it is not a timm model, or another revision has it.'
-    if isinstance(error, hub.HFValidationError):
-        return f"'{repo_id}' is no name of a Hub repository: it must be ORG/NAME."
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
-    if isinstance(error, hub.LocalTokenNotFoundError) or status == 401:
-        return f'{host} does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token.'
-    if status == 403:
-        return f'you may not do this with {repo_id}: your account or token lacks the permission.'
-    if status is not None:
-        return f'{host} answered with error {status}: try again later.'
-    if 'Consistency check failed' in str(error):
-        return f'the download of {what} from {repo_id} is incomplete and was thrown away: try again.'
-    return f"{host} could not {'give ' + what if what else 'do this'} ({first_line(error)}): try again."
+    kinds = set().union(*map(_kinds, causes))
+    statuses = [getattr(getattr(cause, 'response', None), 'status_code', None) for cause in causes]
+    status = next((status for status in statuses if status is not None), None)
+    reason = shorten(str(error), 200, placeholder=' ...') or type(error).__name__
+    log_in = 'log in with `hf auth login` or set HF_TOKEN'
+    sentences = (
+        ('OfflineModeIsEnabled' in kinds, f'{what or "the model"} of {repo_id} is not in the cache and HF_HUB_OFFLINE '
+         'forbids to fetch it: unset HF_HUB_OFFLINE once, with a network.'),
+        (any('Timeout' in kind for kind in kinds), f'{host} did not answer in time: try again later, or raise '
+         'HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT (seconds).'),
+        (kinds & _UNREACHABLE, f'{host} cannot be reached ({reason}): check the network, and HF_ENDPOINT if set.'),
+        ('FileMetadataError' in kinds, f'{host} does not answer as a Hub does: check HF_ENDPOINT if set, and proxies.'),
+        ('GatedRepoError' in kinds, f'{repo_id} is gated: ask for access on its page, then {log_in}.'),
+        ('RepositoryNotFoundError' in kinds,
+         f'there is no model {repo_id} on {host}, or it is private: check the name, and {log_in} if it is private.'),
+        ('RevisionNotFoundError' in kinds,
+         f'{repo_id} has no revision {revision}: leave it out, or take one of its branches, tags or commits.'),
+        (any(map(_is_missing, causes)),
+         f'{repo_id} has no file {what}: it is not a timm model, or another revision has it.'),
+        ('HFValidationError' in kinds, f"'{repo_id}' is no name of a Hub repository: it must be ORG/NAME."),
+        ('LocalTokenNotFoundError' in kinds or status == 401,
+         f'{host} does not know you: {log_in} to a valid token.'),
+        (status == 403, f'you may not do this with {repo_id}: your account or token lacks the permission.'),
+        (status is not None, f'{host} answered with error {status}: try again later.'),
+        ('Consistency check failed' in str(error),
+         f'the download of {what} from {repo_id} is incomplete and was thrown away: try again.'),
+        (True, f"{host} could not {'give ' + what if what else 'do this'} ({reason}): try again."),
+    )
+    return next(sentence for applies, sentence in sentences if applies)
 
 
-def _is_unreachable(error: BaseException) -> bool:
-    """Whether no answer came; by name, because huggingface_hub has changed its HTTP library more than once."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {'TransportError', 'ConnectionError', 'Timeout'})
+_UNREACHABLE = {'TransportError', 'ConnectionError', 'Timeout'}
 
 
-def _missing(error: BaseException | None) -> bool:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+def _kinds(error: BaseException | None) -> set[str]:
+    """Names of an error's types: huggingface_hub has changed its HTTP library more than once."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _is_missing(error: BaseException | None) -> bool:
+    return 'EntryNotFoundError' in _kinds(error) and 'LocalEntryNotFoundError' not in _kinds(error)
 
 
-def _commit_of(path: Path) -> str:
-    """The commit of a file in the cache, .../snapshots/COMMIT/FILE."""
-    return path.parent.name
+def _download_checked(sha256: str, refusal: str, *request: Any) -> Path:
+    """`_download`; a file that is not the right one is fetched once more, in case the cache was damaged."""
+    for force in (False, True):
+        path = _download(*request, force=force)
+        if file_sha256(path) == sha256:
+            return path
+    raise UserError(refusal)
 
 
 def _download(
-        repo_id: str,
-        filename: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force: bool = False,
+        repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, force: bool = False,
 ) -> Path:
-    """The cached file, downloaded if need be.
-
-    Raises:
-        UserError: With what huggingface_hub raised as its cause.
-    """
+    """The cached file, downloaded if need be; a UserError has what huggingface_hub raised as its cause."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     request: dict[str, Any] = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
     library: dict[str, Any] = dict(library_name='timm_lfnsb', library_version=__version__)
     try:
-        if revision and _COMMIT.fullmatch(revision) and not force:
-            cached = try_to_load_from_cache(**request)
-            if isinstance(cached, str):
-                return Path(cached)
+        cached = None if force else try_to_load_from_cache(**request)
+        if isinstance(cached, str) and revision and _COMMIT.fullmatch(revision):
+            return Path(cached)
         try:
             # One question first: where no answer comes, the download itself would go on asking for minutes.
             get_hf_file_metadata(
                 hf_hub_url(repo_id, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT, **library)
         except Exception as error:
-            if _is_unreachable(error):
-                cached = None if force else try_to_load_from_cache(**request)
+            if _kinds(error) & _UNREACHABLE:
                 if isinstance(cached, str):
                     return Path(cached)
                 raise

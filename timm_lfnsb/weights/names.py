@@ -8,8 +8,6 @@ from typing import Any
 
 from ..errors import UserError
 
-ReleaseError = UserError  # until its callers name UserError
-
 WEIGHTS_DIR = Path(__file__).parent
 
 DEFAULT_ORG = 'timm-lfnsb'
@@ -17,9 +15,7 @@ HUB_ORG = os.environ.get('TIMM_LFNSB_HUB_ORG') or DEFAULT_ORG
 """Organisation of the weights' repositories, one for each, named as the weights; read at import."""
 
 HUB_REVISIONS: dict[str, str | None] = {'lfnsb.ferplus': None, 'lfn_small.ferplus': None}
-"""The embedded weights, each with the commit its repository is pinned to: None until it is published there.
-
-A pin holds for `DEFAULT_ORG` alone."""
+"""The embedded weights, each with the commit of its repository (of `DEFAULT_ORG`): None until it is published there."""
 
 INPUT_SIZES: dict[str, int] = {}
 """Height and width in pixels that embedded weights are for, where that is not 112."""
@@ -42,6 +38,5 @@ def weights_info(name: str) -> dict[str, Any]:
         UserError: When there are none of this name.
     """
     if name not in embedded_weights():
-        there_are = ', '.join(embedded_weights()) or 'none'
-        raise UserError(f'there are no embedded weights {name!r}; there are {there_are}.')
+        raise UserError(f"there are no embedded weights {name!r}; there are {', '.join(embedded_weights()) or 'none'}.")
     return json.loads((WEIGHTS_DIR / f'{name}.json').read_text(encoding='utf-8'))
