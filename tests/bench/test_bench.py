@@ -73,7 +73,7 @@ def test_rounds_are_taken_in_turns(monkeypatch):
     calls: list[str] = []
     subjects = [Subject(lambda name=name: calls.append(name), {}) for name in 'ABC']
 
-    def seconds_of(run, device):
+    def seconds_of(run):
         run()
         return 0.05
 
@@ -114,7 +114,7 @@ def test_a_training_step_trains():
     before = copy.deepcopy(model.state_dict())
     step = measure.training_step(
         model, torch.randn(4, 3, 32, 32), {'runtime': 'eager', 'device': 'cpu', 'amp': False})
-    assert all(np.isfinite(step().item()) for _ in range(3)) and model.training
+    assert all(np.isfinite(step()) for _ in range(3)) and model.training
     after = model.state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in ('stem.0.conv.weight', 'fc.weight'))
 
@@ -178,9 +178,9 @@ def test_a_fresh_process_has_its_own_memory_and_imports_no_torch(tmp_path):
 
 @pytest.mark.slow
 def test_cold_start_and_compiled():
-    report = run(peers=[], runtimes=['eager', 'compiled', 'onnxruntime'], batches=[1, 2], cold_starts=1)
+    report = run(models=[TINY], peers=[], runtimes=['eager', 'compiled'], batches=[1, 2], cold_starts=1)
     assert [(row['runtime'], 'peak_mb' in row) for row in report['results']] == [
-        (runtime, first) for runtime in ('eager', 'compiled', 'onnxruntime') for first in (True, False)]
+        (runtime, first) for runtime in ('eager', 'compiled') for first in (True, False)]
     assert all('error' not in row and row.get('cold_start_s', 1) > 0 for row in report['results'])
     assert report['import']['ratio'] > 0
 

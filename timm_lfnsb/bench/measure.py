@@ -83,23 +83,16 @@ class Subject:
 
 
 class Network:
-    """A model, as it is and reparameterised, or an exported file.
-
-    Args:
-        label: NAME, NAME@SIZE or the path of a file that `timm-lfnsb export` wrote.
-        settings: How it is measured.
-        folder: For files that are exported.
-
-    Raises:
-        UserError: When there is no such model or file, or it cannot be made at that size.
-    """
+    """A model, as it is and reparameterised, or an exported file; UserError where it cannot be had."""
 
     def __init__(self, label: str, settings: Settings, folder: Path):
-        self.label, self.settings, self.folder, self.create = label, settings, folder, None  # type: ignore[var-annotated]
+        self.label, self.settings, self.folder, self.form = label, settings, folder, 'reparameterised'
+        self.create: dict[str, Any] = {}
         self.info: dict[str, Any] = {'params': None, 'macs': None, 'accuracy': None}
         self.file = ExportedModel(label) if Path(label).suffix in EXPORTED.values() else None
         if self.file:
             self.info['input_size'] = self.file.value('input_size')
+            self.form = self.file.metadata.get('precision', 'exported')
             return
         try:
             self._create()
@@ -134,20 +127,18 @@ class Network:
 
     def spec(self, runtime: str, batch: int) -> dict[str, Any]:
         """What a process must know to make predictions."""
-        spec = {
-            'runtime': runtime, 'file': None, 'create': self.create, 'threads': torch.get_num_threads(),
-            'shape': [batch, *self.info['input_size']], 'dtype': 'float32', 'device': self.settings.device,
-            'amp': self.settings.amp}
+        path, shape, dtype = None, [batch, *self.info['input_size']], 'float32'
         if self.file:
-            spec['file'] = str(self.file.path.resolve())
+            path = self.file.path.resolve()
             if self.file.metadata.get('input') == 'uint8':
-                spec |= {'shape': [spec['shape'][i] for i in (0, 2, 3, 1)], 'dtype': 'uint8'}
+                shape, dtype = [shape[i] for i in (0, 2, 3, 1)], 'uint8'
         elif runtime in EXPORTED:
             path = self.folder / f'{self.label.replace("/", "-")}-{batch}{EXPORTED[runtime]}'
             if not path.is_file():
                 export_model(self.plain, path, batch=batch)
-            spec['file'] = str(path)
-        return spec
+        return {
+            'runtime': runtime, 'file': path and str(path), 'create': self.create, 'shape': shape, 'dtype': dtype,
+            'threads': torch.get_num_threads(), 'device': self.settings.device, 'amp': self.settings.amp}
 
     def prepare(self, task: str, runtime: str, batch: int) -> Callable[[], Any]:
         """What to time: a call that has run once and given the right outputs."""
@@ -167,7 +158,7 @@ class Network:
             output, run = exported(array), lambda: exported(array)
         else:
             run = process.predictor(copy.deepcopy(self.reparameterised), images, spec)
-            output = run().float().cpu().numpy()
+            output = run().numpy()
         if not self.file:  # which is what it is: quantised, of other weights
             with torch.inference_mode():
                 expected = self.plain(images).numpy()
@@ -195,13 +186,14 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
             module.weight.uniform_(0.2, 0.3)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             hooks.append(module.register_forward_pre_hook(settle))
-            module.weight.masked_fill_(module.weight == 0, 1.)
+            if module.affine:
+                module.weight.masked_fill_(module.weight == 0, 1.)
     model(images)
     for hook in hooks:
         hook.remove()
 
 
-def training_step(model: nn.Module, images: torch.Tensor, spec: dict[str, Any]) -> Callable[[], torch.Tensor]:
+def training_step(model: nn.Module, images: torch.Tensor, spec: dict[str, Any]) -> Callable[[], float]:
     """A step of `train.py --cosine-harmony 1 --opt adamw` on random labels, which returns the loss."""
     labels = torch.randint(model.num_classes, (len(images),), device=images.device)  # type: ignore[call-overload]
     task = CosineHarmonyTask(model.train(), nn.CrossEntropyLoss(), device=images.device, verbose=False)
@@ -209,41 +201,39 @@ def training_step(model: nn.Module, images: torch.Tensor, spec: dict[str, Any]) 
     if spec['runtime'] == 'compiled':
         task.compile()
 
-    def step() -> torch.Tensor:
+    def step() -> float:
         with torch.autocast(spec['device'], torch.bfloat16, enabled=spec['amp']):
             loss = task(images, labels)['loss']
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.item()  # waits for a GPU
 
     return step
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
 
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, with the work that it leaves to a GPU."""
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
     start = time.perf_counter()
     run()
-    if device == 'cuda':
-        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def interleave(subjects: Sequence[Subject], seconds: float, rounds: int, device: str = 'cpu') -> None:
+def interleave(subjects: Sequence[Subject], seconds: float, rounds: int) -> None:
     """Time the subjects in turns, into their `rounds`: `seconds` each, three times that where rounds differ by much."""
     for subject in subjects:
         start, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - start < seconds / 4:
-            last = seconds_of(subject.run, device)
+            last = seconds_of(subject.run)
             calls += 1
         subject.calls = max(1, math.ceil(seconds / rounds / last))
     done = 0
     while done < rounds or (done < 3 * rounds and any(is_noisy(quartiles(subject.rounds)) for subject in subjects)):
         for subject in subjects:
             subject.run()  # caches, memory, and threads that others left spinning
-            subject.rounds.append(float(np.median([seconds_of(subject.run, device) for _ in range(subject.calls)])))
+            subject.rounds.append(float(np.median([seconds_of(subject.run) for _ in range(subject.calls)])))
         done += 1
 
 
@@ -275,7 +265,7 @@ def measure_imports() -> dict[str, float]:
     code = 'import time, {}; print(time.process_time())'
     times = np.array([
         [fresh_process('-c', code.format(module)) for module in ('timm', 'timm_lfnsb')]
-        for _ in range(6)])[1:]  # the first ones may have compiled modules to byte code
+        for _ in range(4)])[1:]  # the first ones may have compiled modules to byte code
     timm_s, own_s = np.median(times, axis=0).tolist()
     return {'timm': timm_s, 'timm_lfnsb': own_s, 'ratio': float(np.median(times[:, 1] / times[:, 0]))}
 
@@ -310,8 +300,7 @@ def check_settings(settings: Settings) -> list[str]:
     if settings.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('torch finds no CUDA device here: leave out --device cuda.')
     if missing := [name for name in settings.runtimes if not possible(name)]:
-        raise UserError(f"{missing[0]} needs pip install 'timm-lfnsb[export]', the CPU and float32 (neither --device "
-                        'cuda nor --amp): leave it out of --runtime, or see to that.')
+        raise UserError(f"{missing[0]} needs pip install 'timm-lfnsb[export]', and neither --device cuda nor --amp.")
     return list(dict.fromkeys(settings.runtimes)) or ['eager', *filter(possible, EXPORTED)]
 
 
@@ -326,8 +315,8 @@ def run_benchmark(
         save: Gets the report after each part.
 
     Returns:
-        The report as plain lists, strings and numbers; after a keyboard interrupt what was measured until then, with
-        `complete` False. A network that failed somewhere has an `error` in that row.
+        The report; after a keyboard interrupt what was measured until then, with `complete` False. A network that
+        failed somewhere has an `error` in that row.
 
     Raises:
         UserError: When the settings cannot be met.
@@ -385,19 +374,16 @@ def _measure_group(networks: dict[str, Network], group: tuple[str, str, int], re
     failed = []
     try:
         for label, network in networks.items():
-            row = {'task': task, 'runtime': runtime, 'batch': batch, 'model': label, 'form': 'reparameterised'}
-            if network.file:
-                if EXPORTED.get(runtime) != network.file.path.suffix:
-                    continue
-                row['form'] = network.file.metadata.get('precision', 'exported')
-            elif task == 'train':  # what is reparameterised does not train
-                row['form'] = 'plain'
+            if network.file and EXPORTED.get(runtime) != network.file.path.suffix:
+                continue
+            form = 'plain' if task == 'train' else network.form  # what is reparameterised does not train
+            row = {'task': task, 'runtime': runtime, 'batch': batch, 'model': label, 'form': form}
             try:
                 subjects.append(Subject(network.prepare(*group), row))
             except Exception as error:  # exporters, compilers and runtimes raise types of their own
                 failed.append({**row, 'error': reason(error)})
         if subjects:
-            interleave(subjects, settings['seconds'], settings['rounds'], settings['device'])
+            interleave(subjects, settings['seconds'], settings['rounds'])
     finally:
         report['results'] += [*summarise(subjects, settings['peer']), *failed]
 
