@@ -5,16 +5,16 @@ import logging
 from typing import Any
 
 import torch
-from timm.utils import world_info_from_env
 from torch.utils.data import WeightedRandomSampler
 
 from .datasets import DatasetWrapper
+from .options import rank
 
 _logger = logging.getLogger(__name__)
 
 
 def folder_targets(dataset: Any) -> torch.Tensor:
-    """Class numbers (N,) of the images of a folder dataset of timm, read from their folders or drawn from votes.
+    """Class numbers (N,) of the images of a folder dataset of timm, of their folders or drawn from votes.
 
     Raises:
         ValueError: When the dataset does not tell its targets without loading images.
@@ -29,9 +29,8 @@ class BalancedDataset(DatasetWrapper):
     """Training set whose images are drawn anew each epoch, with replacement, and those of rare classes more often.
 
     An epoch stays as long as it was. A class of n images gets a share of it that is proportional to n ** (1 - power):
-    power 0 leaves the classes as they are, 1 draws all of them equally often, 0.5 by the square root of their size.
-    The draw is a function of seed and epoch alone: each process of a distributed run makes the same one, so the
-    sampler can divide it among them, and a resumed run repeats it.
+    power 0 leaves the classes as they are, 1 draws all of them equally often. The draw is a function of seed and epoch
+    alone, so that all processes of a distributed run share it, and a resumed run repeats it.
 
     Args:
         dataset: A folder dataset of timm, whose reader lists its samples and targets.
@@ -39,12 +38,10 @@ class BalancedDataset(DatasetWrapper):
         seed: The run's seed.
 
     Raises:
-        ValueError: When the power is out of range, or the dataset does not tell its targets without loading images.
+        ValueError: When the dataset does not tell its targets without loading images.
     """
 
     def __init__(self, dataset: Any, power: float, seed: int = 0):
-        if not 0 <= power <= 1:
-            raise ValueError(f'the balance power must lie in [0, 1], got {power}.')
         super().__init__(dataset)
         counts = folder_targets(dataset).bincount()
         # In shared memory: worker processes that live on from epoch to epoch keep the dataset they were started with.
@@ -52,15 +49,12 @@ class BalancedDataset(DatasetWrapper):
         self.power = power
         self.seed = seed
         self.set_epoch(0)
-        if world_info_from_env()[1] == 0:
-            self._log(counts)
-
-    def _log(self, counts: torch.Tensor) -> None:
-        shares = counts.double() ** (1 - self.power) * (counts > 0)
-        expected = (shares / shares.sum() * len(self)).round().int().tolist()
-        names = {index: name for name, index in self.dataset.reader.class_to_idx.items()}
-        _logger.info(f'Class balance with power {self.power:g}, images of an epoch: ' + ', '.join(
-            f'{names[i]} {count} -> {expected[i]}' for i, count in enumerate(counts.tolist()) if count))
+        if rank() == 0:
+            shares = counts.double() ** (1 - power) * (counts > 0)
+            expected = shares / shares.sum() * len(self)
+            _logger.info(f'Class balance with power {power:g}, images of an epoch: ' + ', '.join(
+                f'{name} {counts[i]} -> {expected[i]:.0f}' for name, i in self.reader.class_to_idx.items()
+                if i < len(counts) and counts[i]))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the images of an epoch; timm's train script calls this before each."""

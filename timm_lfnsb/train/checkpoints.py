@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from timm.data import create_dataset
-from timm.utils import CheckpointSaver, unwrap_model, update_summary, world_info_from_env
+from timm.utils import CheckpointSaver, unwrap_model, update_summary
 
 from ..errors import UserError
 from ..labels import canonical_name
+from .options import rank
 
 _logger = logging.getLogger(__name__)
-PackError = UserError  # until its last users have gone
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a full or failing disk, as opposed to those of wrong paths."""
@@ -32,11 +32,9 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         UserError: When there is none.
     """
-    if run.is_file():
-        return run
-    for name in ('model_best.pth.tar', 'last.pth.tar'):
-        if (run / name).is_file():
-            return run / name
+    for path in (run, run / 'model_best.pth.tar', run / 'last.pth.tar'):
+        if path.is_file():
+            return path
     what = 'has neither model_best.pth.tar nor last.pth.tar' if run.is_dir() else 'does not exist'
     raise UserError(f'{run} {what}: give the folder of a run of train.py, or one of its checkpoints.')
 
@@ -68,38 +66,32 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
     Raises:
         UserError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
     """
-    data_dir = getattr(args, 'data_dir', None)
-    class_map = getattr(args, 'class_map', '') or ''
-    for path in (class_map, '' if class_map else data_dir):
-        if path and not os.path.isabs(path):  # timm-lfnsb run keeps absolute ones
-            raise UserError(
-                f'the run names its {"class map" if class_map else "data"} by the relative path {path}, which may be '
-                'another one by now: give the labels in the order of the run with --labels.')
+    class_map, data_dir = (getattr(args, name, None) or '' for name in ('class_map', 'data_dir'))
+    path = class_map or data_dir
+    if path and not os.path.isabs(path):  # timm-lfnsb run keeps absolute ones
+        raise UserError(
+            f'the run names its {"class map" if class_map else "data"} by the relative path {path}, which may be '
+            'another one by now: give the labels in the order of the run with --labels.')
     if class_map:
-        if not Path(class_map).is_file():
-            raise UserError(
-                f"the run's class map {args.class_map} is not there any more: put it back, or give the labels in its "
-                'order with --labels.')
         try:
-            lines = Path(class_map).read_text(encoding='utf-8').splitlines()
-        except ValueError:
-            raise UserError(f'the class map {class_map} is not text: give the labels with --labels.') from None
-        return [line.strip() for line in lines]
-    if data_dir and Path(data_dir).is_dir() and not getattr(args, 'dataset', ''):
-        try:
-            reader = create_dataset(
-                '', root=data_dir, split=getattr(args, 'train_split', 'train'), is_training=False).reader
-        except (RuntimeError, OSError):
-            return None
-        return sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-    return None
+            return [line.strip() for line in Path(class_map).read_text(encoding='utf-8').splitlines()]
+        except (OSError, ValueError):
+            raise UserError(f"the run's class map {class_map} is not there any more, or is not text: put it back, or "
+                            'give the labels in its order with --labels.') from None
+    if not Path(data_dir or 'none').is_dir() or getattr(args, 'dataset', ''):
+        return None
+    try:
+        reader = create_dataset('', root=data_dir, split=getattr(args, 'train_split', 'train')).reader
+    except (RuntimeError, OSError):
+        return None
+    return sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
 
 
 def load_centers(task: Any, options: argparse.Namespace) -> None:
     """Let the centers of a Cosine-Harmony run go on where --initial-checkpoint is a run of ours with the same labels.
 
     Args:
-        task: A `CosineHarmonyTask`.
+        task: A task with the Cosine-Harmony loss.
         options: The run's settings.
     """
     path = Path(getattr(options, 'initial_checkpoint', None) or '')
@@ -120,7 +112,6 @@ def load_centers(task: Any, options: argparse.Namespace) -> None:
         _logger.warning(f'The centers of {path} are of other classes or features: they start anew.')
 
 
-
 def check_output(options: argparse.Namespace) -> None:
     """Refuse an output folder that cannot be made or written, and a checkpoint to resume from that is not there.
 
@@ -133,7 +124,7 @@ def check_output(options: argparse.Namespace) -> None:
     resume = getattr(options, 'resume', None)
     if resume and not Path(resume).is_file():
         raise UserError(f'--resume {resume} is not a file: give a checkpoint of the run, such as last.pth.tar.')
-    if world_info_from_env()[1] != 0 or not hasattr(options, 'output'):  # only the first process writes
+    if rank() != 0 or not hasattr(options, 'output'):  # only the first process writes
         return
     folder = Path(options.output or 'output/train', getattr(options, 'experiment', None) or '')
     try:
@@ -174,32 +165,25 @@ class SafeSaver(CheckpointSaver):
                 and Path(resume).resolve().parent == self.folder.resolve():
             self.load_state_dict_from_checkpoint(resume)
 
-    def _modules(self) -> list[torch.nn.Module]:
-        task = getattr(self, 'task', None)
-        ema = self.model_ema if task is None else task.get_trainable_module(ema=True)
-        return [unwrap_model(module) for module in (self.model, ema) if module is not None]
-
     @contextmanager
     def _guard(self, epoch: int) -> Iterator[None]:
-        if any(map(not_finite, self._modules())):
-            raise UserError(
-                f'the weights are not finite at the end of epoch {epoch}, so they are not saved; {self._advice()}, '
-                'after a change such as a lower --lr or --clip-grad 1.')
+        last = self.folder / f'last{self.extension}'
+        advice = f'the one before is whole, go on with --resume {last}' if last.is_file() else 'there is none before'
+        task = getattr(self, 'task', None)
+        ema = self.model_ema if task is None else task.get_trainable_module(ema=True)
+        if any(not_finite(unwrap_model(module)) for module in (self.model, ema) if module is not None):
+            raise UserError(f'the weights are not finite at the end of epoch {epoch}, so they are not saved; {advice}, '
+                            'after a change such as a lower --lr or --clip-grad 1.')
         try:
             yield
         # torch's own writer of files reports a full disk as a RuntimeError.
         except (OSError, RuntimeError) as error:
             for name in ('tmp', 'recovery_tmp'):
                 with suppress(OSError):
-                    (self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
+                    Path(self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
             reason = (getattr(error, 'strerror', None) or str(error)).splitlines()[0]
-            raise UserError(
-                f'the checkpoint of epoch {epoch} cannot be written to {self.folder} ({reason}): free some space; '
-                f'{self._advice()}.') from None
-
-    def _advice(self) -> str:
-        last = self.folder / f'last{self.extension}'
-        return f'the one before is whole, go on with --resume {last}' if last.is_file() else 'there is none before'
+            raise UserError(f'the checkpoint of epoch {epoch} cannot be written to {self.folder} ({reason}): free some '
+                            f'space; {advice}.') from None
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> Any:
         with self._guard(epoch):

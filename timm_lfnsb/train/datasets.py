@@ -7,11 +7,7 @@ from torch.utils.data import Dataset
 
 
 class DatasetWrapper(Dataset):
-    """A map-style dataset of timm in another dress: what a subclass does not define is the wrapped dataset's.
-
-    Args:
-        dataset: A map-style dataset of timm.
-    """
+    """A map-style dataset of timm in another dress: what a subclass does not define is the wrapped dataset's."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

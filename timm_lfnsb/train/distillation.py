@@ -7,18 +7,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import DistillationTeacher
+from timm.task import DistillationTeacher, LogitDistillationTask
 
 from ..errors import UserError
-from ..labels import canonical_name, model_label_names
+from ..labels import LabelError, canonical_name, model_label_names
 from ..models.loading import load_model
-from .task import CosineHarmonyTask
+from .task import CosineHarmonyMixin
 
 
 class TeacherEnsemble(DistillationTeacher):
-    """Teachers whose probabilities are averaged, each at its own input size, mean and std.
-
-    timm's tasks take it as one teacher.
+    """Teachers whose probabilities are averaged, each at its own input size, mean and std; one teacher for timm's tasks.
 
     Args:
         teachers: Networks in eval mode with their weights and `label_names`.
@@ -84,7 +82,7 @@ def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
     """
     try:
         names = [canonical_name(name) for name in model_label_names(teacher)]
-    except ValueError as error:
+    except LabelError as error:
         raise UserError(f'--kd-model-name: {error}') from None
     wanted = [canonical_name(name) for name in label_names]
     if sorted(names) != sorted(wanted):
@@ -100,66 +98,34 @@ def load_teachers(names: str, in_chans: int, *args: Any, **kwargs: Any) -> Teach
     Args:
         names: Names as `load_model` takes them, separated by commas.
         in_chans: Channels of the student's input.
-        *args: Further arguments of `TeacherEnsemble`.
-        **kwargs: Likewise.
+        *args: Further arguments of `TeacherEnsemble`, as are `kwargs`.
 
     Raises:
         UserError: When one cannot be loaded, or does not fit the run.
     """
-    teachers = [load_model(name.strip(), inference=True) for name in names.split(',')]
-    for name, teacher in zip(names.split(','), teachers, strict=True):
+    teachers = []
+    for name in names.split(','):
+        teacher = load_model(name.strip(), inference=True)
         if teacher.pretrained_cfg['input_size'][0] != in_chans:
             raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
+        teachers.append(teacher)
     return TeacherEnsemble(teachers, *args, **kwargs)
 
 
-class CosineHarmonyDistillationTask(CosineHarmonyTask):
+class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
     """timm's `LogitDistillationTask` with the Cosine-Harmony loss beside it.
 
     Loss = task weight * criterion + distillation weight * KL divergence from the teacher + weight * Cosine-Harmony.
-    Checkpoints, EMA and DDP hold the student and the centers alone.
+    Checkpoints, EMA and DDP hold the student and the centers alone. The forward returns `kd_loss` as well.
 
     Args:
         student_model: The timm model to train.
-        teacher_model: Teacher(s), see `TeacherEnsemble`; any `timm.task.DistillationTeacher` will do.
-        criterion: Classification loss.
-        loss_type: 'kl'.
-        distill_loss_weight: See timm: default 1, or 1 - `task_loss_weight` where that alone is given.
-        task_loss_weight: Default 1.
-        temperature: Softens both answers.
-        **kwargs: Arguments of `CosineHarmonyTask`.
-
-    The forward returns `kd_loss` as well.
+        *args: Arguments of `LogitDistillationTask`.
+        **kwargs: Likewise, and `weight`, `alpha`, `variant` and `learn_centers` of `CosineHarmonyTask`.
     """
 
-    def __init__(
-            self,
-            student_model: Any,
-            teacher_model: DistillationTeacher,
-            criterion: nn.Module | None = None,
-            *,
-            loss_type: str = 'kl',
-            distill_loss_weight: float | None = None,
-            task_loss_weight: float | None = None,
-            temperature: float = 1.0,
-            **kwargs: Any,
-    ):
-        super().__init__(student_model, criterion, **kwargs)
-        if loss_type != 'kl':
-            raise ValueError(f"the distillation loss must be 'kl', not {loss_type!r}.")
-        self.teacher = teacher_model
-        self.task_loss_weight = 1.0 if task_loss_weight is None else task_loss_weight
-        if distill_loss_weight is None:
-            distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
-        self.distill_loss_weight = distill_loss_weight
-        self.temperature = temperature
-        for name in ('mean', 'std'):
-            value = torch.tensor(student_model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
-            self.register_buffer(f'student_{name}', value, persistent=False)
-
-    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        self.teacher.compile(*args, **kwargs)
-        return super().compile(*args, **kwargs)
+    def __init__(self, student_model: Any, *args: Any, **kwargs: Any):
+        super().__init__(student_model, *args, **kwargs)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         result = super().forward(input, target)

@@ -35,12 +35,10 @@ def find_script(script: str) -> Path:
     Raises:
         UserError: When there is no such file.
     """
-    path = Path(script)
-    if path.is_file():
-        return path
     folder = os.environ.get('TIMM_SCRIPTS')
-    if folder and (Path(folder) / script).is_file():
-        return Path(folder) / script
+    for path in (Path(script), Path(folder or '', script)):
+        if path.is_file():
+            return path
     where = f'neither here nor in TIMM_SCRIPTS ({folder})' if folder else 'not here, and TIMM_SCRIPTS is not set'
     raise UserError(
         f"{script} is {where}: timm's scripts are not part of its wheel, so clone "
@@ -113,7 +111,9 @@ def extend_train_script(module: Any) -> None:
         check_class_folders(options)
         warn_of_other_labels(options)
         check_output(options)
-        Hooks(script, options).install(module)
+        for name, value in Hooks(script, options).replacements().items():
+            if name in script:
+                setattr(module, name, value)
         return options, unknown
 
     module.parser.parse_known_args = parse  # parse_args asks it, too
@@ -131,15 +131,18 @@ class Hooks:
         self.script = script
         self.options = options
         self.prior: torch.Tensor | None = None
-        self.building = False
-        self.epoch_signature = inspect.signature(script['train_one_epoch']) if 'train_one_epoch' in script else None
-        self.sees_epochs = self.epoch_signature is not None and {'epoch', 'loader', 'task'} <= set(
-            self.epoch_signature.parameters)
+        self.epoch_signature = inspect.signature(script.get('train_one_epoch', lambda: None))
+        self.sees_epochs = {'epoch', 'loader', 'task'} <= set(self.epoch_signature.parameters)
         resolve_epoch_seeds(options, possible=self.sees_epochs and 'create_dataset' in script)
 
-    def install(self, module: Any) -> None:
-        """Put everything into the script's globals."""
-        ours: dict[str, Any] = {'create_dataset': self.create_dataset, 'create_loader': self.create_loader}
+    def replacements(self) -> dict[str, Any]:
+        """What to put into the script's globals, where it has the name."""
+        ours: dict[str, Any] = {
+            'create_dataset': self.create_dataset, 'create_loader': self.create_loader,
+            'CheckpointSaver': SafeSaver, 'update_summary': summarize}
+        if hasattr(self.script.get('utils'), 'CheckpointSaver'):  # timm's own stays as it is
+            ours['utils'] = SimpleNamespace(
+                **{**vars(self.script['utils']), 'CheckpointSaver': SafeSaver, 'update_summary': summarize})
         if self.sees_epochs:
             ours['train_one_epoch'] = self.train_one_epoch
         else:
@@ -153,38 +156,30 @@ class Hooks:
         if distils(self.options):
             ours['LogitDistillationTask'] = self.task_class(
                 CosineHarmonyDistillationTask if harmony else self.script['LogitDistillationTask'])
-        saving = {'CheckpointSaver': SafeSaver, 'update_summary': summarize}
-        if hasattr(self.script.get('utils'), 'CheckpointSaver'):
-            module.utils = SimpleNamespace(**{**vars(self.script['utils']), **saving})  # timm's own stays as it is
-        for name, value in {**ours, **saving}.items():
-            if name in self.script:
-                setattr(module, name, value)
+        return ours
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """The script's dataset; the training set with votes, balance and seeds."""
         dataset = self.script['create_dataset'](*args, **kwargs)
-        if not kwargs.get('is_training'):
-            return dataset
-        dataset, counts = training_set(dataset, self.options)
-        if self.options.logit_adjustment:
-            self.prior = prior_logits(counts, self.options.logit_adjustment)
+        if kwargs.get('is_training'):
+            dataset, counts = training_set(dataset, self.options)
+            if self.options.logit_adjustment:
+                self.prior = prior_logits(counts, self.options.logit_adjustment)
         return dataset
 
     def create_loader(self, *args: Any, **kwargs: Any) -> Any:
         """The script's loader; the training images with the look of photographs."""
-        if not kwargs.get('is_training'):
-            return self.script['create_loader'](*args, **kwargs)
-        if getattr(self.options, 'mixup_off_epoch', 0):
+        is_training = kwargs.get('is_training')
+        if is_training and getattr(self.options, 'mixup_off_epoch', 0):
             # Workers that live on have a copy of timm's mixup, and would never hear that it is off.
             kwargs['persistent_workers'] = False
         loader = self.script['create_loader'](*args, **kwargs)
-        if self.options.photo_look:
+        if is_training and self.options.photo_look:
             prepend_transform(loader.dataset, PhotoLook(self.options.photo_look))
         return loader
 
     def train_one_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """The script's epoch, seeded by its number, with a watch on the loss."""
-        assert self.epoch_signature is not None
         given = self.epoch_signature.bind(*args, **kwargs).arguments
         if not self.options.no_epoch_seeds:
             seed_epoch(given['loader'], getattr(self.options, 'seed', 0), given['epoch'], rank())
@@ -192,26 +187,28 @@ class Hooks:
             return self.script['train_one_epoch'](*args, **kwargs)
 
     def task_class(self, base: Any) -> Any:
-        """A task class of this or of timm's, which makes itself with the settings of this run."""
+        """A task class of this package or of timm's, which makes itself with the settings of this run."""
         hooks, options = self, self.options
 
         class ConfiguredTask(base):
+            is_configured = True
+
             def __init__(self, *args: Any, criterion: nn.Module | None = None, **kwargs: Any):
                 if 'teacher_model' in kwargs:
                     student = args[0] if args else kwargs['student_model']
-                    kwargs['teacher_model'] = hooks.teachers(kwargs['teacher_model'], student, kwargs)
-                if issubclass(base, CosineHarmonyTask):
+                    kwargs['teacher_model'] = hooks.teachers(student.in_chans, kwargs)
+                if options.cosine_harmony:
                     kwargs.update(
                         weight=options.cosine_harmony, alpha=options.cosine_harmony_alpha,
                         variant=options.cosine_harmony_variant, learn_centers=not options.cosine_harmony_fixed_centers)
-                hooks.building = True
+                if hooks.prior is not None:
+                    criterion = LogitAdjustment(criterion or nn.CrossEntropyLoss(), hooks.prior)
+                    criterion.to(getattr(options, 'device', 'cpu'))
                 try:
-                    super().__init__(*args, criterion=hooks.adjusted(criterion), **kwargs)
+                    super().__init__(*args, criterion=criterion, **kwargs)
                 except ValueError as error:
                     raise UserError(f'--cosine-harmony: {error}') from None
-                finally:
-                    hooks.building = False
-                if issubclass(base, CosineHarmonyTask):
+                if options.cosine_harmony:
                     load_centers(self, options)
 
             def prepare_distributed(self, device_ids: Any = None, **ddp_kwargs: Any) -> Any:
@@ -221,28 +218,21 @@ class Hooks:
         ConfiguredTask.__name__ = base.__name__
         return ConfiguredTask
 
-    def teachers(self, names: str, student: Any, kwargs: dict[str, Any]) -> TeacherEnsemble:
-        """The teachers of a run whose labels are known."""
+    def teachers(self, in_chans: int, kwargs: dict[str, Any]) -> TeacherEnsemble:
+        """The teachers that a task is to be made with (`kwargs`), in the order of the run's labels."""
         label_names = run_label_names(self.options)
         if label_names is None:
             raise UserError('--kd-model-name: the labels of the run are not known, so they cannot be matched with the '
                             "teacher's by name: train on a folder of images, or give a --class-map.")
         return load_teachers(
-            names, student.in_chans, label_names, self.prior, kwargs.get('device'), kwargs.get('dtype'))
-
-    def adjusted(self, criterion: nn.Module | None) -> nn.Module | None:
-        """The classification loss of adjusted logits, where --logit-adjustment asks for it."""
-        if self.prior is None:
-            return criterion
-        loss = LogitAdjustment(criterion or nn.CrossEntropyLoss(), self.prior)
-        return loss.to(getattr(self.options, 'device', 'cpu'))
+            kwargs['teacher_model'], in_chans, label_names, self.prior, kwargs.get('device'), kwargs.get('dtype'))
 
     def guard_tasks(self) -> None:
         """Refuse every task of timm that is made in another way: it would train without the loss and not say so."""
         plain_init: Any = TrainingTask.__init__
 
         def guarded_init(task: Any, *args: Any, **kwargs: Any) -> None:
-            if not self.building:
+            if not hasattr(task, 'is_configured'):
                 option = '--cosine-harmony' if self.options.cosine_harmony else '--logit-adjustment'
                 raise UserError(f'{option} is on, but this script builds a {type(task).__name__}: leave the option '
                                 "out, or take timm's own train.py.")

@@ -1,7 +1,6 @@
 """Make all randomness of a training epoch a function of seed and epoch, so that a resumed run equals a whole one.
 
-timm's train script seeds once, at its start: from then on each epoch depends on those before it, and a resumed run sees
-another order of images and other augmentations than the run it continues.
+timm's train script seeds once, at its start: from then on each epoch depends on those before it.
 """
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ def mix_seed(*numbers: int) -> int:
 class SeededDataset(DatasetWrapper):
     """Training set that seeds each worker process anew in each epoch, by seed, epoch, rank and worker number.
 
-    timm's loader keeps its workers from epoch to epoch, and torch seeds them only when they start. In all else this is
-    the dataset it wraps.
+    timm's loader keeps its workers from epoch to epoch, and torch seeds them only when they start.
 
     Args:
         dataset: A map-style dataset of timm.

@@ -1,13 +1,13 @@
 """Training task for timm: classification loss plus Cosine-Harmony loss, for any timm model."""
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
 from ..losses.cosine_harmony import CosineHarmonyLoss
@@ -58,10 +58,7 @@ class CosineHarmonyModule(nn.Module):
         return {f'model.{name}' for name in names} | {'loss.centers'}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer numbers for layer-wise learning rate decay: the model's own, and the centers with its last layer.
-
-        A model that does not name its layers gets the ones that timm makes up for it.
-        """
+        """Layer numbers for layer-wise learning rate decay: the model's own, and the centers with its last layer."""
         if hasattr(self.model, 'group_matcher'):
             layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         else:
@@ -76,43 +73,24 @@ class CosineHarmonyModule(nn.Module):
         return logits, self.loss(average_features(features, self.output_fmt, self.num_prefix_tokens), target)
 
 
-class CosineHarmonyTask(ClassificationTask):
-    """Classification task whose loss is `criterion` + weight * Cosine-Harmony.
-
-    Works for every timm model whose `forward_features` returns one tensor. The loss sees `forward_features` averaged
-    over space. The eval model and the checkpoint's `state_dict` are the bare model; the centers travel in the task
-    state, so that checkpoints load anywhere and `--resume` restores the centers.
-
-    Args:
-        model: The timm model to train.
-        criterion: Classification loss; see `timm.task.ClassificationTask` for the default, which timm 1.0.27 lacks.
-        weight: Weight of the Cosine-Harmony loss.
-        alpha: See `CosineHarmonyLoss`.
-        variant: See `CosineHarmonyLoss`.
-        learn_centers: See `CosineHarmonyLoss`.
-        **kwargs: Whatever else the installed timm's `ClassificationTask` takes.
-
-    The forward returns `loss` (total), `output` (logits), `task_loss` and `cosine_harmony_loss` (unweighted).
-
-    Raises:
-        ValueError: When the model has no separate features, or a loss setting is out of range.
-    """
+class CosineHarmonyMixin(TrainingTask):
+    """What a task of timm needs for the Cosine-Harmony loss beside its own; see `CosineHarmonyTask`."""
 
     trainable_module: Any
     eval_model: Any
+    criterion: Any
 
     def __init__(
             self,
             model: Any,
-            criterion: Optional[Union[nn.Module, Callable]] = None,
-            *,
+            *args: Any,
             weight: float = 1.0,
             alpha: float = 0.1,
             variant: str = 'reference',
             learn_centers: bool = True,
             **kwargs: Any,
     ):
-        super().__init__(model, criterion, **kwargs)
+        super().__init__(model, *args, **kwargs)
         if not (hasattr(model, 'forward_features') and hasattr(model, 'forward_head')):
             raise ValueError(
                 f'the Cosine-Harmony loss needs forward_features and forward_head, {type(model).__name__} lacks them.')
@@ -126,24 +104,16 @@ class CosineHarmonyTask(ClassificationTask):
         """Class centers (C, D) of the loss."""
         return unwrap_model(self.trainable_module).loss.centers
 
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'CosineHarmonyTask':
-        # timm's script names the device even on the CPU, which DDP refuses.
-        if self.device.type == 'cpu':
-            device_ids = None
+    def prepare_distributed(self, *args: Any, **kwargs: Any) -> Any:
         # Ranks draw with seeds of their own, and DDP may be told to leave buffers (fixed centers) alone.
         torch.distributed.broadcast(self.centers.data, src=0)
-        super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
-        return self
+        return super().prepare_distributed(*args, **kwargs)
 
     def compile(  # type: ignore[override]  # timm's own signature, not nn.Module's
-            self,
-            backend: str = 'inductor',
-            mode: Optional[str] = None,
-            **compile_kwargs: Any,
-    ) -> nn.Module:
-        trainable = self.trainable_module
-        self.eval_model = torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs)
+            self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+        model = self.trainable_module.model
+        super().compile(backend=backend, mode=mode, **compile_kwargs)  # with the loss, for training
+        self.eval_model = torch.compile(model, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
@@ -167,9 +137,8 @@ class CosineHarmonyTask(ClassificationTask):
             ema: bool = False,
     ) -> None:
         loss = self._loss_module(module, ema)
-        if loss is None or not state or 'cosine_harmony' not in state:
-            return  # a checkpoint of a run without this loss: the centers start anew
-        loss.load_state_dict(state['cosine_harmony'], strict=strict)
+        if loss is not None and state and 'cosine_harmony' in state:  # else the centers start anew
+            loss.load_state_dict(state['cosine_harmony'], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         trainable = unwrap_model(self.trainable_module)
@@ -187,3 +156,24 @@ class CosineHarmonyTask(ClassificationTask):
             'task_loss': task_loss,
             'cosine_harmony_loss': harmony_loss,
         }
+
+
+class CosineHarmonyTask(CosineHarmonyMixin, ClassificationTask):
+    """Classification task whose loss is `criterion` + weight * Cosine-Harmony.
+
+    Works for every timm model whose `forward_features` returns one tensor: the loss sees it averaged over space. The
+    eval model and the checkpoint's `state_dict` are the bare model; the centers travel in the task state, so that
+    checkpoints load anywhere and `--resume` restores the centers.
+
+    Args:
+        model: The timm model to train.
+        criterion: Classification loss; see `timm.task.ClassificationTask` for the default, which timm 1.0.27 lacks.
+        weight: Weight of the Cosine-Harmony loss.
+        alpha: See `CosineHarmonyLoss`, as for `variant` and `learn_centers`.
+        **kwargs: Whatever else the installed timm's `ClassificationTask` takes.
+
+    The forward returns `loss` (total), `output` (logits), `task_loss` and `cosine_harmony_loss` (unweighted).
+
+    Raises:
+        ValueError: When the model has no separate features, or a loss setting is out of range.
+    """

@@ -21,8 +21,8 @@ def training_set(dataset: Any, options: argparse.Namespace) -> tuple[Dataset, to
     """Wrap a folder dataset of timm as the options say.
 
     Returns:
-        The dataset, and how many images of each class (C,) an epoch is expected to have; empty where the dataset does
-        not tell its targets and no option asks for them.
+        The dataset, and how many images of each class (C,) training is expected to have, for --logit-adjustment; empty
+        without it.
 
     Raises:
         UserError: When an option does not fit the dataset.
@@ -39,7 +39,12 @@ def training_set(dataset: Any, options: argparse.Namespace) -> tuple[Dataset, to
             dataset = VotedDataset(dataset, Path(options.label_votes), names, seed)
         if options.logit_adjustment:
             option = '--logit-adjustment'
-            counts = class_counts(dataset, options)
+            if isinstance(dataset, VotedDataset):
+                counts = torch.from_numpy(dataset.probabilities.sum(axis=0))
+            else:
+                classes = getattr(options, 'num_classes', None) or 0
+                counts = folder_targets(dataset).bincount(minlength=classes).double()
+            counts = counts.clamp(min=1) ** (1 - options.balance_power)
         if options.balance_power:
             option = '--balance-power'
             dataset = BalancedDataset(dataset, options.balance_power, seed)
@@ -48,19 +53,6 @@ def training_set(dataset: Any, options: argparse.Namespace) -> tuple[Dataset, to
     if not options.no_epoch_seeds:
         dataset = SeededDataset(dataset, seed, rank())
     return dataset, counts
-
-
-def class_counts(dataset: Any, options: argparse.Namespace) -> torch.Tensor:
-    """Images of each class (C,) in training, as votes and balance leave them.
-
-    Raises:
-        ValueError: When the dataset does not tell its targets without loading images.
-    """
-    if isinstance(dataset, VotedDataset):
-        counts = torch.from_numpy(dataset.probabilities.sum(axis=0))
-    else:
-        counts = folder_targets(dataset).bincount(minlength=getattr(options, 'num_classes', None) or 0).double()
-    return counts.clamp(min=1) ** (1 - options.balance_power)
 
 
 def prepend_transform(dataset: Any, first: Any) -> None:

@@ -1,4 +1,4 @@
-"""Labels drawn from crowd votes: each epoch, each face's label is drawn anew from what people said about it.
+"""Labels drawn from crowd votes, anew in each epoch.
 
 Probabilistic label drawing of Barsoum et al. 2016 (arXiv 1608.01041, section 3.2.2), their best scheme on FER+.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,19 +20,16 @@ from .datasets import DatasetWrapper
 
 _logger = logging.getLogger(__name__)
 
-FILE_COLUMN = 'file'
-OTHER_COLUMNS = ('split', 'label', 'usage')
-"""Columns that a file of votes may have and that are not votes."""
-NO_CLASS = ('unknown', 'not_a_face', 'nf')
-"""What people could also vote for; such votes are left out."""
+OTHER_COLUMNS = ('file', 'split', 'label', 'usage', 'unknown', 'not_a_face', 'nf')
+"""Columns that a file of votes may have and that are no expression: people could also vote for the last three."""
 
 
 def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a CSV file of votes: a column `file` and one column of counts for each label.
 
     Args:
-        path: The file. Columns are matched to labels by name (synonyms as in `labels`); votes for unknown and for not a
-            face are left out, and so are votes for expressions that the run does not have.
+        path: The file. Its columns are matched to the labels by name, synonyms included. Votes for unknown, for not a
+            face and for expressions that the run does not have are left out.
         label_names: The run's labels in the order of its classes.
 
     Returns:
@@ -45,33 +43,28 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     votes: dict[str, np.ndarray] = {}
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
-            rows = csv.DictReader(file, strict=True)
-            columns = {(field or '').strip(): canonical_name(field or '') for field in rows.fieldnames or ()}
-            rows.fieldnames = list(columns)
-            if FILE_COLUMN not in columns:
-                raise ValueError(f"has no column '{FILE_COLUMN}'")
-            missing = [label for label, name in zip(label_names, names, strict=True) if name not in columns.values()]
-            if missing:
+            rows = csv.reader(file, strict=True)
+            columns = [canonical_name(field) for field in next(rows, [])]
+            if 'file' not in columns:
+                raise ValueError("has no column 'file'")
+            if missing := [name for name in names if name not in columns]:
                 raise ValueError(f"has no column for {', '.join(missing)}")
-            known = {FILE_COLUMN, *OTHER_COLUMNS, *NO_CLASS, *EXPRESSIONS_8, *names}
-            strange = [field for field, name in columns.items() if name not in known]
-            if strange:
-                raise ValueError(
-                    f"has columns that are no label of this run: {', '.join(strange)} (its labels: "
-                    f"{', '.join(label_names)})")
-            fields = [next(field for field, column in columns.items() if column == name) for name in names]
-            for row in rows:
-                name = PurePath(row[FILE_COLUMN] or '').name
+            if strange := [name for name in columns if name not in (*OTHER_COLUMNS, *EXPRESSIONS_8, *names)]:
+                raise ValueError(f"has columns that are no label of this run: {', '.join(strange)} (its labels: "
+                                 f"{', '.join(label_names)})")
+            for row in filter(None, rows):
+                values = dict(zip(columns, row, strict=False))
+                name = PurePath(values.get('file', '')).name
                 try:
-                    counts = np.array([float(row[field]) for field in fields])
-                except (TypeError, ValueError):
+                    counts = np.array([float(values[label]) for label in names])
+                except (KeyError, ValueError):
                     counts = np.array([np.nan])
                 if not name or not np.isfinite(counts).all() or (counts < 0).any():
                     raise ValueError(f'line {rows.line_num}: a file name and counts from 0 on are expected')
                 if name in votes:
                     raise ValueError(f'line {rows.line_num}: {name} is listed twice')
                 votes[name] = counts
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+    except (OSError, csv.Error, ValueError) as error:
         raise ValueError(f'{path} {getattr(error, "strerror", None) or error}.') from None
     return votes
 
@@ -94,54 +87,43 @@ def match_votes(
             are against the folders' labels.
     """
     names = [PurePath(file).name for file in files]
-    if len(set(names)) != len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f'two images are called {twice}, so their votes cannot be told apart.')
-    probabilities = np.eye(num_classes)[np.asarray(targets)]
-    voted = np.array([i for i, name in enumerate(names) if name in votes and votes[name].sum() > 0], dtype=int)
+    [(name, times)] = Counter(names).most_common(1)
+    if times > 1:
+        raise ValueError(f'two images are called {name}, so their votes cannot be told apart.')
+    labels = np.asarray(targets)
+    voted = np.array([i for i, name in enumerate(names) if name in votes and votes[name].any()], dtype=int)
     if 2 * len(voted) < len(names):
         raise ValueError(
             f'it has votes for {len(voted)} of {len(names)} images ({names[0]}, ...; it lists '
             f'{next(iter(votes), "none")}, ...): it belongs to other images.')
     counts = np.stack([votes[names[i]] for i in voted])
-    probabilities[voted] = counts / counts.sum(axis=1, keepdims=True)
-    agree = (counts[np.arange(len(voted)), np.asarray(targets)[voted]] == counts.max(axis=1)).mean()
+    agree = (counts[np.arange(len(voted)), labels[voted]] == counts.max(axis=1)).mean()
     if agree < 0.5:
         raise ValueError(f"only {agree:.0%} of the images lie in the folder that most votes are for: the labels' names "
                          'or the images are mixed up.')
+    probabilities = np.eye(num_classes)[labels]
+    probabilities[voted] = counts / counts.sum(axis=1, keepdims=True)
     return probabilities
 
 
-class DrawnReader:
-    """A reader of timm whose targets are others than its own."""
+class DrawnSamples(Sequence):
+    """Files and their labels of the present epoch, in place of the list that a reader of timm keeps."""
 
-    def __init__(self, reader: Any, targets: torch.Tensor):
-        self.reader = reader
+    def __init__(self, files: Sequence[Any], targets: torch.Tensor):
+        self.files = files
         self.targets = targets
 
-    def __getitem__(self, index: int) -> Any:
-        image, _, *rest = self.reader[index]
-        return image, int(self.targets[index]), *rest
+    def __getitem__(self, index: Any) -> Any:
+        return self.files[index], int(self.targets[index])
 
     def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == 'reader' or name.startswith('__'):  # not there yet while a worker unpickles this
-            raise AttributeError(name)
-        return getattr(self.reader, name)
-
-    @property
-    def samples(self) -> list[tuple[Any, int]]:
-        """Files and their targets of the present epoch."""
-        return [(file, target) for (file, _), target in zip(self.reader.samples, self.targets.tolist(), strict=True)]
+        return len(self.files)
 
 
 class VotedDataset(DatasetWrapper):
     """Training set whose labels are drawn from votes, anew in each epoch.
 
-    The label of an image is a function of seed, epoch and its file name alone: it does not depend on the order of the
-    images, on the process or worker that reads it, or on the epochs before.
+    A label is a function of seed, epoch and file name alone, whatever the order of the images and the process.
 
     Args:
         dataset: A folder dataset of timm, whose reader lists its samples and targets.
@@ -167,7 +149,7 @@ class VotedDataset(DatasetWrapper):
         self.seed = seed
         # In shared memory: worker processes that live on from epoch to epoch keep the dataset they were started with.
         self.targets = torch.tensor(folders).share_memory_()
-        dataset.reader = DrawnReader(dataset.reader, self.targets)
+        dataset.reader.samples = DrawnSamples(files, self.targets)
         self.set_epoch(0)
         _logger.info('Labels are drawn from votes, expected images of an epoch: ' + ', '.join(
             f'{name} {folders.count(i)} -> {share:.0f}'
@@ -177,8 +159,7 @@ class VotedDataset(DatasetWrapper):
         """Draw the labels of an epoch; timm's train script calls this before each."""
         digests = (
             hashlib.blake2b(f'{self.seed} {epoch} {name}'.encode(), digest_size=8).digest() for name in self.names)
-        uniform = np.frombuffer(b''.join(digests), dtype='<u8') / 2.0 ** 64
-        drawn = (self.probabilities.cumsum(axis=1) <= uniform[:, None]).sum(axis=1)
-        # Rounding may leave the last sum below 1: take the last label that has votes at all.
-        last = self.probabilities.shape[1] - 1 - (self.probabilities[:, ::-1] > 0).argmax(axis=1)
-        self.targets.copy_(torch.from_numpy(np.minimum(drawn, last)))
+        uniform = (np.frombuffer(b''.join(digests), dtype='<u8') >> 11) / 2.0 ** 53  # below 1, also when rounded
+        cumulated = self.probabilities.cumsum(axis=1)  # up to 1, give or take a rounding error
+        drawn = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(axis=1)
+        self.targets.copy_(torch.from_numpy(drawn))

@@ -15,9 +15,8 @@ from ..errors import UserError
 def watch_loss(task: torch.nn.Module, loader: Any, epoch: int, options: argparse.Namespace) -> Iterator[None]:
     """Stop an epoch whose loss is not finite, and say at which batch.
 
-    A loss is looked at when the next batch comes, or the epoch ends. By then timm's script has fetched it from the
-    device for its own log, so that this makes the device wait at no other point. The weights of that one step are not
-    finite either, and `SafeSaver` does not write them.
+    A loss is looked at when the next batch comes, or the epoch ends: by then timm's script has fetched it for its own
+    log, so the device waits at no other point. `SafeSaver` does not write the weights of that one step.
 
     Args:
         task: A task of timm, called once a batch.
@@ -28,17 +27,10 @@ def watch_loss(task: torch.nn.Module, loader: Any, epoch: int, options: argparse
     Raises:
         UserError: With epoch, batch, and what to try.
     """
-    batch, finite = -1, None
-
-    def record(module: Any, inputs: Any, result: dict[str, torch.Tensor]) -> None:
-        nonlocal batch, finite
-        batch += 1
-        finite = result['loss'].detach().isfinite().all()
+    losses: list[torch.Tensor] = []  # one flag a batch: is its loss finite?
 
     def check(*_: Any) -> None:
-        nonlocal finite
-        last, finite = finite, None
-        if last is None or last:
+        if not losses or losses[-1]:
             return
         advice = ['a lower --lr']
         if not getattr(options, 'clip_grad', None):
@@ -46,11 +38,12 @@ def watch_loss(task: torch.nn.Module, loader: Any, epoch: int, options: argparse
         if getattr(options, 'amp', False) and getattr(options, 'amp_dtype', '') == 'float16':
             advice.append('--amp-dtype bfloat16')
         raise UserError(
-            f'the loss is not finite in epoch {epoch}, batch {batch} of {len(loader)} (counted from 0): nothing of '
-            "this epoch is saved, so go on with --resume from the run's last checkpoint, if it has one, and try "
-            f"{', '.join(advice)}.")
+            f'the loss is not finite in epoch {epoch}, batch {len(losses) - 1} of {len(loader)} (counted from 0): '
+            "nothing of this epoch is saved, so go on with --resume from the run's last checkpoint, if it has one, and "
+            f"try {', '.join(advice)}.")
 
-    hooks = task.register_forward_pre_hook(check), task.register_forward_hook(record)
+    hooks = task.register_forward_pre_hook(check), task.register_forward_hook(
+        lambda module, inputs, result: losses.append(result['loss'].detach().isfinite().all()))
     try:
         yield
         check()
