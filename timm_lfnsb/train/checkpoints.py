@@ -60,8 +60,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def run_label_names(args: argparse.Namespace) -> list[str] | None:
     """Label names in the order a run trained them: its class map's, else its data folders' as train.py indexed them.
 
-    Returns:
-        The names, or None where neither is there any more.
+    None where neither is there any more.
 
     Raises:
         UserError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
@@ -88,12 +87,7 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
 
 
 def load_centers(task: Any, options: argparse.Namespace) -> None:
-    """Let the centers of a Cosine-Harmony run go on where --initial-checkpoint is a run of ours with the same labels.
-
-    Args:
-        task: A task with the Cosine-Harmony loss.
-        options: The run's settings.
-    """
+    """Let the centers of a `CosineHarmonyTask` go on if --initial-checkpoint is a run of ours with the same labels."""
     path = Path(getattr(options, 'initial_checkpoint', None) or '')
     try:
         checkpoint = load_checkpoint(path)
@@ -114,9 +108,6 @@ def load_centers(task: Any, options: argparse.Namespace) -> None:
 
 def check_output(options: argparse.Namespace) -> None:
     """Refuse an output folder that cannot be made or written, and a checkpoint to resume from that is not there.
-
-    Args:
-        options: What train.py's parser returned; `output` and `experiment` name the folder.
 
     Raises:
         UserError: With the reason.

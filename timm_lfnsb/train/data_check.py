@@ -27,10 +27,6 @@ def check_class_folders(options: argparse.Namespace) -> None:
     With a class map these are folders that it does not name. Without one, folders are numbered by name in each split
     for itself: refuse splits whose numbers differ.
 
-    Args:
-        options: What train.py's parser returned; only folders and tar files are looked at (`data_dir`), by one process
-            of a distributed run.
-
     Raises:
         UserError: With both lists.
     """
@@ -147,8 +143,7 @@ def folder_label_names(folder: Path) -> Sequence[str] | None:
 def warn_of_other_labels(options: argparse.Namespace) -> None:
     """Log a warning with both lists where the weights a run starts from have other classes, or another order.
 
-    Args:
-        options: What train.py's parser returned. Synonyms, such as happy for happiness, count as the same class.
+    Synonyms, such as happy for happiness, count as the same class.
     """
     if getattr(options, 'resume', None) or rank() != 0:
         return

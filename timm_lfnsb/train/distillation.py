@@ -16,14 +16,13 @@ from .task import CosineHarmonyMixin
 
 
 class TeacherEnsemble(DistillationTeacher):
-    """Teachers whose probabilities are averaged, each at its own input size, mean and std; one teacher for timm's tasks.
+    """Teachers whose probabilities are averaged, each at its own input size, mean and std: one for timm's tasks.
 
     Args:
         teachers: Networks in eval mode with their weights and `label_names`.
         label_names: The run's label names; each teacher's outputs are put into this order by name.
         adjustment: Logits (C,) to take off the teachers' answer, as `LogitAdjustment` adds them in the student's loss.
-        device: Where the teachers run.
-        dtype: Their type, None for float32.
+        device: Where the teachers run, in `dtype` (None for float32).
 
     Raises:
         UserError: When a teacher has no label names, or others than the run.
@@ -75,11 +74,7 @@ class TeacherEnsemble(DistillationTeacher):
 
 
 def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
-    """Number of the teacher's output for each of the run's labels.
-
-    Raises:
-        UserError: When its labels are others.
-    """
+    """Number of the teacher's output for each of the run's labels, found by name."""
     try:
         names = [canonical_name(name) for name in model_label_names(teacher)]
     except LabelError as error:
@@ -92,13 +87,13 @@ def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
-def load_teachers(names: str, in_chans: int, *args: Any, **kwargs: Any) -> TeacherEnsemble:
+def load_teachers(names: str, in_chans: int, *args: Any) -> TeacherEnsemble:
     """The teachers that --kd-model-name lists.
 
     Args:
         names: Names as `load_model` takes them, separated by commas.
         in_chans: Channels of the student's input.
-        *args: Further arguments of `TeacherEnsemble`, as are `kwargs`.
+        *args: Further arguments of `TeacherEnsemble`.
 
     Raises:
         UserError: When one cannot be loaded, or does not fit the run.
@@ -109,7 +104,7 @@ def load_teachers(names: str, in_chans: int, *args: Any, **kwargs: Any) -> Teach
         if teacher.pretrained_cfg['input_size'][0] != in_chans:
             raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
         teachers.append(teacher)
-    return TeacherEnsemble(teachers, *args, **kwargs)
+    return TeacherEnsemble(teachers, *args)
 
 
 class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
@@ -118,10 +113,8 @@ class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
     Loss = task weight * criterion + distillation weight * KL divergence from the teacher + weight * Cosine-Harmony.
     Checkpoints, EMA and DDP hold the student and the centers alone. The forward returns `kd_loss` as well.
 
-    Args:
-        student_model: The timm model to train.
-        *args: Arguments of `LogitDistillationTask`.
-        **kwargs: Likewise, and `weight`, `alpha`, `variant` and `learn_centers` of `CosineHarmonyTask`.
+    Arguments are those of `LogitDistillationTask`, and `weight`, `alpha`, `variant`, `learn_centers` of
+    `CosineHarmonyTask`.
     """
 
     def __init__(self, student_model: Any, *args: Any, **kwargs: Any):

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ _OF_THE_MACHINE = {
     'device', 'workers', 'log_interval', 'recovery_interval', 'checkpoint_hist', 'channels_last', 'torchcompile', 'amp',
     'amp_dtype', 'pin_mem', 'validation_batch_size',
 }
-CURVE_POINTS = 6
 
 
 def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -32,9 +30,9 @@ def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
         key: value for key, value in sorted(settings.items())
         if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
     if 'kd_model_name' in kept:
-        teachers = str(kept['kd_model_name']).split(',')
         kept['kd_model_name'] = ','.join(
-            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name for name in teachers)
+            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name
+            for name in str(kept['kd_model_name']).split(','))
     if 'label_votes' in kept:
         kept['label_votes'] = Path(kept['label_votes']).name
     return kept
@@ -53,10 +51,9 @@ def read_curve(run: Path) -> list[dict[str, float]]:
     try:
         with open(path, newline='', encoding='utf-8') as file:
             for row in csv.DictReader(file):
-                if row['epoch'] == 'epoch':  # a resumed run writes the header again
-                    continue
-                values = {key: round(float(value), 5) for key, value in row.items() if value}
-                epochs[values['epoch']] = values
+                if row['epoch'] != 'epoch':  # the header, which a resumed run of timm writes again
+                    values = {key: round(float(value), 5) for key, value in row.items() if value}
+                    epochs[values['epoch']] = values
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
         raise UserError(f'{path} is not the summary of a run of train.py: give another folder.') from None
     return [epochs[epoch] for epoch in sorted(epochs)]
@@ -70,8 +67,8 @@ def read_run(run: Path) -> dict[str, Any]:
     """
     path = run / 'args.yaml'
     try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict) or 'model' not in settings:
         raise UserError(f'{path} does not hold the settings of a run of train.py: give another folder.')
@@ -108,16 +105,13 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def find_recipe(settings: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of this package that a run followed, told by its settings alone.
-
-    Args:
-        settings: What `clean_settings` leaves.
+    """The recipe of this package that a run followed, told by what `clean_settings` leaves of its settings.
 
     Returns:
         `recipe`, the name of the recipe with the fewest settings that differ, and `overrides`, the run's values of
         those; None and an empty dict where more than a third of every recipe's settings differ.
     """
-    best: tuple[float, str, dict[str, Any]] = (math.inf, '', {})
+    candidates = []
     for name in recipe_names():
         wanted = {
             key: value for key, value in yaml.safe_load(recipe_path(name).read_text(encoding='utf-8')).items()
@@ -126,14 +120,9 @@ def find_recipe(settings: dict[str, Any]) -> dict[str, Any]:
         differ = {
             key: settings.get(key) for key, value in wanted.items() if (settings.get(key) or None) != (value or None)}
         if 3 * len(differ) <= len(wanted):
-            best = min(best, (len(differ), name, differ), key=lambda candidate: candidate[:2])
-    return {'recipe': best[1] or None, 'overrides': best[2]}
-
-
-def best_epoch(curve: Sequence[dict[str, float]]) -> dict[str, float] | None:
-    """The row of the highest validation accuracy, the first of equal ones; None without validation."""
-    validated = [row for row in curve if 'eval_top1' in row]
-    return max(validated, key=lambda row: row['eval_top1']) if validated else None
+            candidates.append((name, differ))
+    recipe, overrides = min(candidates, key=lambda candidate: len(candidate[1]), default=(None, {}))
+    return {'recipe': recipe, 'overrides': overrides}
 
 
 def runs_table(runs: Iterable[dict[str, Any]]) -> str:
@@ -142,19 +131,22 @@ def runs_table(runs: Iterable[dict[str, Any]]) -> str:
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else 'no runs'
 
 
-def run_cells(run: dict[str, Any]) -> dict[str, str]:
+def run_cells(run: dict[str, Any]) -> dict[str, Any]:
     """One run's cells of `runs_table`, by the header of their column."""
     settings, curve = run['settings'], run['curve']
     overrides = ', '.join(f'{key} {value}' for key, value in run.get('overrides', {}).items())
     done, planned = int(curve[-1]['epoch']) + 1 if curve else 0, settings.get('epochs', 0)
     sizes = settings.get('train_img_sizes') or [settings.get('img_size') or (settings.get('input_size') or [0])[-1]]
     steps = settings.get('grad_accum_steps', 1)
-    best = best_epoch(curve)
-    cells = {
+    validated = [row for row in curve if 'eval_top1' in row]
+    best = max(validated, key=lambda row: row['eval_top1'], default=None)
+    points = min(6, len(validated))  # first, last and evenly spaced ones between them
+    chosen = [validated[round(i * (len(validated) - 1) / max(points - 1, 1))]['eval_top1'] for i in range(points)]
+    return {
         'run': run.get('name', '-'),
         'model': settings['model'],
         'recipe': (run.get('recipe') or '-') + (f' but {overrides}' if overrides else ''),
-        'epochs': str(planned) if done >= planned else f'{done} of {planned}',
+        'epochs': planned if done >= planned else f'{done} of {planned}',
         'size': '/'.join(map(str, sizes)) if any(sizes) else "model's",
         'batch': f"{settings.get('batch_size', '-')}" + (f' x {steps}' if steps > 1 else ''),
         'optimiser': _named(settings, {
@@ -166,10 +158,9 @@ def run_cells(run: dict[str, Any]) -> dict[str, str]:
         'loss': _loss(settings),
         'seed': settings.get('seed', 0),
         'best validation': f"{best['eval_top1']:.1f} (epoch {best['epoch']:.0f})" if best else '-',
-        'validation curve': _short_curve(curve),
+        'validation curve': ' '.join(f'{value:.1f}' for value in chosen) or '-',
         'last train loss': f"{curve[-1]['train_loss']:.3f}" if curve and 'train_loss' in curve[-1] else '-',
     }
-    return {key: str(cell) for key, cell in cells.items()}
 
 
 def _named(settings: dict[str, Any], names: dict[str, str]) -> str:
@@ -181,26 +172,16 @@ def _named(settings: dict[str, Any], names: dict[str, str]) -> str:
             continue
         text = '-'.join(f'{number:g}' for number in value) if isinstance(value, list) else value
         parts.append(f'{name} {text:g}' if isinstance(text, float) else f'{name} {text}')
-    return ', '.join(parts).replace(' ,', ',').strip() or '-'
+    return ', '.join(map(str.strip, parts)) or '-'
 
 
 def _loss(settings: dict[str, Any]) -> str:
-    parts = ['BCE' if settings.get('bce_loss') else 'CE', *(['of drawn labels'] if settings.get('label_votes') else [])]
-    parts += [f'{name} {settings[key]:g}' for key, name in (
-        ('smoothing', 'smoothed'), ('logit_adjustment', 'adjusted')) if settings.get(key)]
-    terms = [' '.join(parts)]
+    text = 'BCE' if settings.get('bce_loss') else 'CE'
+    text += ' of drawn labels' if settings.get('label_votes') else ''
+    for key, name in (('smoothing', 'smoothed'), ('logit_adjustment', 'adjusted')):
+        text += f' {name} {settings[key]:g}' if settings.get(key) else ''
     if settings.get('cosine_harmony'):
         fixed = ', fixed centers' if settings.get('cosine_harmony_fixed_centers') else ''
-        terms.append(f"{settings['cosine_harmony']:g} CH ({settings.get('cosine_harmony_variant')}, alpha "
-                     f"{settings.get('cosine_harmony_alpha', 0):g}{fixed})")
-    if settings.get('kd_model_name'):
-        terms.append(f"distilled from {settings['kd_model_name']}")
-    return ' + '.join(terms)
-
-
-def _short_curve(curve: Sequence[dict[str, float]]) -> str:
-    """First, last and evenly spaced validation accuracies between them."""
-    values = [row['eval_top1'] for row in curve if 'eval_top1' in row]
-    count = min(CURVE_POINTS, len(values))
-    chosen = [values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count)]
-    return ' '.join(f'{value:.1f}' for value in chosen) or '-'
+        text += (f" + {settings['cosine_harmony']:g} CH ({settings.get('cosine_harmony_variant')}, alpha "
+                 f"{settings.get('cosine_harmony_alpha', 0):g}{fixed})")
+    return text + (f" + distilled from {settings['kd_model_name']}" if settings.get('kd_model_name') else '')

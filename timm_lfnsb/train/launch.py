@@ -20,12 +20,12 @@ from ..errors import UserError
 from ..losses.logit_adjustment import LogitAdjustment, prior_logits
 from .checkpoints import DISK_ERRORS, SafeSaver, check_output, load_centers, run_label_names, summarize
 from .data_check import check_class_folders, warn_of_other_labels
+from .datasets import BalancedDataset, SeededDataset, folder_targets, seed_epoch
 from .distillation import CosineHarmonyDistillationTask, TeacherEnsemble, load_teachers
 from .options import add_options, check_options, distils, rank, resolve_epoch_seeds, resolve_paths, resolve_recipe, warn
-from .photo_look import PhotoLook
-from .seeds import seed_epoch
+from .photo_look import PhotoLook, prepend_transform
 from .task import CosineHarmonyTask
-from .training_set import prepend_transform, training_set
+from .votes import VotedDataset
 from .watch import watch_loss
 
 
@@ -96,9 +96,8 @@ def load_module(path: Path) -> ModuleType:
 def extend_train_script(module: Any) -> None:
     """Give a train script our options, and let it build our tasks, datasets and checkpoints where they ask for it.
 
-    The script's contract: a module-level `parser`, which `main()` asks for the arguments, and the classes and functions
-    that `main()` looks up in the module's globals: `ClassificationTask`, `LogitDistillationTask`, `create_dataset`,
-    `create_loader`, `train_one_epoch` and timm's `utils`.
+    The script's contract: `main()` asks a module-level `parser` for the arguments, and looks up in the module's globals
+    what `Hooks` replaces.
     """
     add_options(module.parser)
     parse_known_args = module.parser.parse_known_args
@@ -120,30 +119,23 @@ def extend_train_script(module: Any) -> None:
 
 
 class Hooks:
-    """What takes the place of the script's own functions and classes in one run.
-
-    Args:
-        script: The script's globals as they were.
-        options: The run's settings; `no_epoch_seeds` is set where the data cannot be read that way.
-    """
+    """What takes the place of the functions and classes in a script's globals, in a run with these options."""
 
     def __init__(self, script: dict[str, Any], options: argparse.Namespace):
         self.script = script
         self.options = options
         self.prior: torch.Tensor | None = None
         self.epoch_signature = inspect.signature(script.get('train_one_epoch', lambda: None))
-        self.sees_epochs = {'epoch', 'loader', 'task'} <= set(self.epoch_signature.parameters)
-        resolve_epoch_seeds(options, possible=self.sees_epochs and 'create_dataset' in script)
 
     def replacements(self) -> dict[str, Any]:
         """What to put into the script's globals, where it has the name."""
-        ours: dict[str, Any] = {
-            'create_dataset': self.create_dataset, 'create_loader': self.create_loader,
-            'CheckpointSaver': SafeSaver, 'update_summary': summarize}
+        saving = {'CheckpointSaver': SafeSaver, 'update_summary': summarize}
+        ours = {**saving, 'create_dataset': self.create_dataset, 'create_loader': self.create_loader}
         if hasattr(self.script.get('utils'), 'CheckpointSaver'):  # timm's own stays as it is
-            ours['utils'] = SimpleNamespace(
-                **{**vars(self.script['utils']), 'CheckpointSaver': SafeSaver, 'update_summary': summarize})
-        if self.sees_epochs:
+            ours['utils'] = SimpleNamespace(**{**vars(self.script['utils']), **saving})
+        sees_epochs = {'epoch', 'loader', 'task'} <= set(self.epoch_signature.parameters)
+        resolve_epoch_seeds(self.options, possible=sees_epochs and 'create_dataset' in self.script)
+        if sees_epochs:
             ours['train_one_epoch'] = self.train_one_epoch
         else:
             warn('this train script has no train_one_epoch of the usual form: a loss that is not finite goes unnoticed '
@@ -161,11 +153,27 @@ class Hooks:
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """The script's dataset; the training set with votes, balance and seeds."""
         dataset = self.script['create_dataset'](*args, **kwargs)
-        if kwargs.get('is_training'):
-            dataset, counts = training_set(dataset, self.options)
-            if self.options.logit_adjustment:
-                self.prior = prior_logits(counts, self.options.logit_adjustment)
-        return dataset
+        if not kwargs.get('is_training'):
+            return dataset
+        options, seed, option = self.options, getattr(self.options, 'seed', 0), ''
+        try:
+            if options.label_votes:
+                option = f'--label-votes {options.label_votes}'
+                dataset = VotedDataset(dataset, Path(options.label_votes), run_label_names(options), seed)
+            if options.logit_adjustment:
+                option = '--logit-adjustment'
+                if isinstance(dataset, VotedDataset):
+                    counts = torch.from_numpy(dataset.probabilities.sum(axis=0))
+                else:
+                    counts = folder_targets(dataset).bincount(minlength=getattr(options, 'num_classes', None) or 0)
+                shares = counts.double().clamp(min=1) ** (1 - options.balance_power)
+                self.prior = prior_logits(shares, options.logit_adjustment)
+            if options.balance_power:
+                option = '--balance-power'
+                dataset = BalancedDataset(dataset, options.balance_power, seed)
+        except ValueError as error:
+            raise UserError(f'{option}: {error}') from None
+        return dataset if options.no_epoch_seeds else SeededDataset(dataset, seed, rank())
 
     def create_loader(self, *args: Any, **kwargs: Any) -> Any:
         """The script's loader; the training images with the look of photographs."""
@@ -195,8 +203,7 @@ class Hooks:
 
             def __init__(self, *args: Any, criterion: nn.Module | None = None, **kwargs: Any):
                 if 'teacher_model' in kwargs:
-                    student = args[0] if args else kwargs['student_model']
-                    kwargs['teacher_model'] = hooks.teachers(student.in_chans, kwargs)
+                    kwargs['teacher_model'] = hooks.teachers(**kwargs)
                 if options.cosine_harmony:
                     kwargs.update(
                         weight=options.cosine_harmony, alpha=options.cosine_harmony_alpha,
@@ -218,14 +225,15 @@ class Hooks:
         ConfiguredTask.__name__ = base.__name__
         return ConfiguredTask
 
-    def teachers(self, in_chans: int, kwargs: dict[str, Any]) -> TeacherEnsemble:
-        """The teachers that a task is to be made with (`kwargs`), in the order of the run's labels."""
+    def teachers(
+            self, student_model: Any, teacher_model: str, device: Any = None, dtype: Any = None, **_: Any,
+    ) -> TeacherEnsemble:
+        """The teachers for a task of timm with these arguments, in the order of the run's labels."""
         label_names = run_label_names(self.options)
         if label_names is None:
             raise UserError('--kd-model-name: the labels of the run are not known, so they cannot be matched with the '
                             "teacher's by name: train on a folder of images, or give a --class-map.")
-        return load_teachers(
-            kwargs['teacher_model'], in_chans, label_names, self.prior, kwargs.get('device'), kwargs.get('dtype'))
+        return load_teachers(teacher_model, student_model.in_chans, label_names, self.prior, device, dtype)
 
     def guard_tasks(self) -> None:
         """Refuse every task of timm that is made in another way: it would train without the loss and not say so."""

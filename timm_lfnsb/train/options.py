@@ -117,11 +117,7 @@ def distils(options: argparse.Namespace) -> bool:
 
 
 def check_options(options: argparse.Namespace, script: dict[str, Any]) -> None:
-    """Refuse what cannot work, or not together; scripts of other releases lack some of the options.
-
-    Args:
-        options: What the script's parser returned; argparse has not checked what comes from YAML.
-        script: The script's globals.
+    """Refuse what cannot work in a script with these globals, or not together; some releases lack some options.
 
     Raises:
         UserError: With the option to change.
@@ -134,7 +130,7 @@ def check_options(options: argparse.Namespace, script: dict[str, Any]) -> None:
         if not (0 <= value(name) <= high and math.isfinite(value(name))):
             limits = 'lie in [0, 1]' if high == 1 else 'be a number that is not negative'
             raise UserError(f"--{name.replace('_', '-')} must {limits}.")
-    if options.cosine_harmony_variant not in VARIANTS:
+    if options.cosine_harmony_variant not in VARIANTS:  # argparse does not check what comes from YAML
         raise UserError(f"--cosine-harmony-variant must be one of {', '.join(VARIANTS)}.")
 
     whole_images = {

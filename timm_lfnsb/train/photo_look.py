@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torchvision.transforms import v2
+from torchvision.transforms import Compose, v2
 from torchvision.transforms.v2 import functional as F
 
 SMALLEST = 24
@@ -18,13 +18,10 @@ def _uniform(low: float, high: float) -> float:
 class PhotoLook:
     """Random resolution, tilt and shift, blur, gamma and JPEG compression, for pictures before timm's own augmentation.
 
-    Each takes place with probability `p`, independently of the others, by torch's global generator. Tilt (up to 10
-    degrees) and shift (up to 6 % of each side) continue the picture's border. The shorter side falls to between 24
-    pixels and its own length, and is brought up again. Blur has a standard deviation of up to 2 % of the shorter side,
-    gamma lies in [0.5, 2], JPEG quality in [30, 95].
-
-    Args:
-        p: Probability of each change, in [0, 1].
+    Each takes place with probability `p`, by torch's global generator. Tilt (up to 10 degrees) and shift (up to 6 % of
+    each side) continue the picture's border. The shorter side falls to between 24 pixels and its own length, and is
+    brought up again. Blur has a standard deviation of up to 2 % of the shorter side, gamma lies in [0.5, 2], JPEG
+    quality in [30, 95].
     """
 
     def __init__(self, p: float = 0.3):
@@ -53,3 +50,11 @@ class PhotoLook:
         if torch.rand(()) < self.p:
             image = self.jpeg(image)
         return image
+
+
+def prepend_transform(dataset: Any, first: Any) -> None:
+    """Put a transform of PIL images before those that timm's loader gave a dataset."""
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    # With --train-img-sizes timm's own come later, outside of the dataset.
+    dataset.transform = first if dataset.transform is None else Compose([first, dataset.transform])

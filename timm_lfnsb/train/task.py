@@ -18,7 +18,7 @@ def average_features(features: torch.Tensor, output_fmt: str = 'NCHW', num_prefi
 
     Args:
         features: Map (B, C, H, W) or (B, H, W, C), tokens (B, N, C), or already pooled (B, C).
-        output_fmt: The model's format of 4-D maps, 'NCHW' or 'NHWC' (timm's `model.output_fmt`).
+        output_fmt: The format of maps, 'NCHW' or 'NHWC' (timm's `model.output_fmt`).
         num_prefix_tokens: Class and register tokens to leave out (timm's `model.num_prefix_tokens`).
 
     Returns:
@@ -81,15 +81,8 @@ class CosineHarmonyMixin(TrainingTask):
     criterion: Any
 
     def __init__(
-            self,
-            model: Any,
-            *args: Any,
-            weight: float = 1.0,
-            alpha: float = 0.1,
-            variant: str = 'reference',
-            learn_centers: bool = True,
-            **kwargs: Any,
-    ):
+            self, model: Any, *args: Any, weight: float = 1.0, alpha: float = 0.1, variant: str = 'reference',
+            learn_centers: bool = True, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
         if not (hasattr(model, 'forward_features') and hasattr(model, 'forward_head')):
             raise ValueError(
@@ -130,12 +123,8 @@ class CosineHarmonyMixin(TrainingTask):
         return {'cosine_harmony': loss.state_dict()} if loss is not None else {}
 
     def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
+            self, state: Optional[Dict[str, Any]], strict: bool = True, module: Optional[nn.Module] = None,
+            ema: bool = False) -> None:
         loss = self._loss_module(module, ema)
         if loss is not None and state and 'cosine_harmony' in state:  # else the centers start anew
             loss.load_state_dict(state['cosine_harmony'], strict=strict)
@@ -148,14 +137,10 @@ class CosineHarmonyMixin(TrainingTask):
         return parameters + list(trainable.loss.parameters())
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        output, harmony_loss = self.trainable_module(input, target)
+        output, harmony = self.trainable_module(input, target)
         task_loss = self.criterion(output, target)
-        return {
-            'loss': task_loss + self.weight * harmony_loss,
-            'output': output,
-            'task_loss': task_loss,
-            'cosine_harmony_loss': harmony_loss,
-        }
+        loss = task_loss + self.weight * harmony
+        return {'loss': loss, 'output': output, 'task_loss': task_loss, 'cosine_harmony_loss': harmony}
 
 
 class CosineHarmonyTask(CosineHarmonyMixin, ClassificationTask):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..labels import EXPRESSIONS_8, canonical_name
-from .datasets import DatasetWrapper
+from .datasets import DatasetWrapper, folder_targets
 
 _logger = logging.getLogger(__name__)
 
@@ -27,10 +27,8 @@ OTHER_COLUMNS = ('file', 'split', 'label', 'usage', 'unknown', 'not_a_face', 'nf
 def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a CSV file of votes: a column `file` and one column of counts for each label.
 
-    Args:
-        path: The file. Its columns are matched to the labels by name, synonyms included. Votes for unknown, for not a
-            face and for expressions that the run does not have are left out.
-        label_names: The run's labels in the order of its classes.
+    Columns are matched to the run's labels by name, synonyms included. Votes for unknown, for not a face and for
+    expressions that the run does not have are left out.
 
     Returns:
         Votes (C,) of each image by its file name without folders.
@@ -75,16 +73,15 @@ def match_votes(
 
     Args:
         votes: What `read_votes` returned.
-        files: Names of the images, folders may stand before them.
-        targets: Their folders' class numbers, which images without votes keep.
-        num_classes: Number of classes.
+        files: Names (N,) of the images, folders may stand before them.
+        targets: Their folders' class numbers (N,), which images without votes keep.
+        num_classes: Number of classes C.
 
     Returns:
         Probabilities (N, C), each row summing to 1.
 
     Raises:
-        ValueError: When the votes do not fit the images: none or few are named, two images share a name, or most votes
-            are against the folders' labels.
+        ValueError: When few images have votes, two share a name, or most votes are against the folders' labels.
     """
     names = [PurePath(file).name for file in files]
     [(name, times)] = Counter(names).most_common(1)
@@ -123,37 +120,28 @@ class DrawnSamples(Sequence):
 class VotedDataset(DatasetWrapper):
     """Training set whose labels are drawn from votes, anew in each epoch.
 
-    A label is a function of seed, epoch and file name alone, whatever the order of the images and the process.
-
-    Args:
-        dataset: A folder dataset of timm, whose reader lists its samples and targets.
-        path: File of votes, see `read_votes`.
-        label_names: The run's labels in the order of its classes.
-        seed: The run's seed.
-
-    Attributes:
-        probabilities: Share of the votes (N, C) of each image.
+    A label is a function of seed, epoch and file name alone, whatever the order of the images and the process. The
+    attribute `probabilities` (N, C) is the share of the votes of each image.
 
     Raises:
-        ValueError: When the file does not fit the dataset.
+        ValueError: When the file (see `read_votes`) does not fit the dataset, a folder dataset of timm.
     """
 
-    def __init__(self, dataset: Any, path: Path, label_names: Sequence[str], seed: int = 0):
+    def __init__(self, dataset: Any, path: Path, label_names: Sequence[str] | None, seed: int = 0):
         super().__init__(dataset)
-        try:
-            files, folders = zip(*dataset.reader.samples, strict=True)
-            self.names = [PurePath(getattr(file, 'name', file)).name for file in files]
-        except (AttributeError, TypeError, ValueError):
-            raise ValueError('votes need a folder of images as --data-dir, not --dataset.') from None
-        self.probabilities = match_votes(read_votes(path, label_names), self.names, folders, len(label_names))
+        folders = folder_targets(dataset)
+        if label_names is None:
+            raise ValueError('the labels of the run are not known: give a folder of images as --data-dir.')
+        files = [file for file, _ in dataset.reader.samples]
+        self.names = [PurePath(getattr(file, 'name', file)).name for file in files]
+        self.probabilities = match_votes(read_votes(path, label_names), self.names, folders.tolist(), len(label_names))
         self.seed = seed
-        # In shared memory: worker processes that live on from epoch to epoch keep the dataset they were started with.
-        self.targets = torch.tensor(folders).share_memory_()
+        self.targets = folders.clone().share_memory_()
         dataset.reader.samples = DrawnSamples(files, self.targets)
         self.set_epoch(0)
+        counts = zip(label_names, folders.bincount(minlength=len(label_names)), self.probabilities.sum(0), strict=True)
         _logger.info('Labels are drawn from votes, expected images of an epoch: ' + ', '.join(
-            f'{name} {folders.count(i)} -> {share:.0f}'
-            for i, (name, share) in enumerate(zip(label_names, self.probabilities.sum(axis=0), strict=True))))
+            f'{name} {before} -> {after:.0f}' for name, before, after in counts))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the labels of an epoch; timm's train script calls this before each."""

@@ -13,16 +13,10 @@ from ..errors import UserError
 
 @contextmanager
 def watch_loss(task: torch.nn.Module, loader: Any, epoch: int, options: argparse.Namespace) -> Iterator[None]:
-    """Stop an epoch whose loss is not finite, and say at which batch.
+    """Stop an epoch of a task of timm whose loss is not finite, and say at which batch.
 
     A loss is looked at when the next batch comes, or the epoch ends: by then timm's script has fetched it for its own
     log, so the device waits at no other point. `SafeSaver` does not write the weights of that one step.
-
-    Args:
-        task: A task of timm, called once a batch.
-        loader: The training loader.
-        epoch: Its epoch.
-        options: The run's settings.
 
     Raises:
         UserError: With epoch, batch, and what to try.
