@@ -5,4 +5,4 @@ from ..errors import UserError
 
 for package in ('sklearn', 'scipy', 'matplotlib'):
     if find_spec(package) is None:
-        raise UserError(f"measuring a model needs {package}: pip install 'timm-lfnsb[eval]' brings it.")
+        raise UserError(f'measuring a model needs {package}: pip install "timm-lfnsb[eval]" brings it.')

@@ -35,8 +35,6 @@ def negative_log_likelihood(predictions: Predictions, temperature: float = 1.) -
 def fit_temperature(predictions: Predictions) -> float:
     """The temperature with the least negative log-likelihood (Guo et al., arXiv 1706.04599, section 4.2).
 
-    Fit it on data that is not the test split's.
-
     Raises:
         UserError: When there is none in `TEMPERATURES`: the model is right about all, or as good as guessing.
     """
@@ -57,11 +55,7 @@ def measure_calibration(validation: Predictions, test: Predictions) -> dict[str,
     """Fit the temperature on one split, and measure `ece` and `nll` of another without and with it (`_scaled`)."""
     temperature = fit_temperature(validation)
     return {
-        'temperature': temperature,
-        'fitted_on': 'validation',
-        'measured_on': 'test',
-        'ece': compute_metrics(test)['ece'],
-        'ece_scaled': compute_metrics(scale(test, temperature))['ece'],
-        'nll': negative_log_likelihood(test),
-        'nll_scaled': negative_log_likelihood(test, temperature),
+        'temperature': temperature, 'fitted_on': 'validation', 'measured_on': 'test',
+        'ece': compute_metrics(test)['ece'], 'ece_scaled': compute_metrics(scale(test, temperature))['ece'],
+        'nll': negative_log_likelihood(test), 'nll_scaled': negative_log_likelihood(test, temperature),
     }

@@ -22,25 +22,6 @@ def _wilson(successes: int, trials: int) -> list[float] | None:
     return list(map(float, binomtest(int(successes), int(trials)).proportion_ci(0.95, method='wilson')))
 
 
-def calibration_bins(predictions: Predictions) -> list[dict[str, Any]]:
-    """Images, accuracy and mean confidence (None where there are no images) in each of 15 bins of confidence.
-
-    A bin (low, high] holds the images whose highest probability is in it.
-    """
-    confidence = predictions.probabilities.max(axis=1).astype(np.float64)
-    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    bins = np.digitize(confidence, edges[1:-1], right=True)
-    table = []
-    for i in range(CALIBRATION_BINS):
-        inside = bins == i
-        table.append({
-            'low': float(edges[i]), 'high': float(edges[i + 1]), 'count': int(inside.sum()),
-            'accuracy': float(predictions.correct[inside].mean()) if inside.any() else None,
-            'confidence': float(confidence[inside].mean()) if inside.any() else None,
-        })
-    return table
-
-
 def compute_metrics(predictions: Predictions) -> dict[str, Any]:
     """Compute the figures of a classifier, as a dict that JSON can hold.
 
@@ -51,7 +32,8 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
     Intervals: Wilson's score interval for accuracy, precision and recall; the same, through the Jaccard index, for F1
     ("Wilson indirect" of arXiv 2309.14621); for the balanced accuracy the percentiles of 1000 bootstrap resamples of
     the images within each class, with a fixed seed, which is too narrow for classes of few images. `ece` is the
-    expected calibration error of arXiv 1706.04599, equation (3), over the bins in `calibration`.
+    expected calibration error of arXiv 1706.04599, equation (3). Each of its 15 bins of the highest probability,
+    (low, high], is in `calibration`, with None for accuracy and confidence where it has no images.
 
     Raises:
         UserError: When there are no images.
@@ -60,12 +42,10 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
     if not total:
         raise UserError('there are no predictions to compute metrics of.')
     names = list(predictions.label_names)
-    classes = range(len(names))
-    confusion = confusion_matrix(predictions.labels, predictions.predicted, labels=classes)
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        predictions.labels, predictions.predicted, labels=classes, zero_division=0)
-    hits, counts, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    present = counts > 0
+    confusion = confusion_matrix(predictions.labels, predictions.predicted, labels=range(len(names)))
+    precision, recall, f1, counts = precision_recall_fscore_support(
+        predictions.labels, predictions.predicted, labels=range(len(names)), zero_division=0)
+    hits, predicted, present = confusion.diagonal(), confusion.sum(axis=0), counts > 0
 
     per_class: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):
@@ -81,7 +61,19 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
     # Resampling a class's n images draws its number of hits from the binomial distribution of n and its recall.
     rng = np.random.default_rng(0)
     resampled = rng.binomial(counts[present], recall[present], (RESAMPLES, present.sum())) / counts[present]
-    calibration = calibration_bins(predictions)
+
+    confidence = predictions.probabilities.max(axis=1).astype(np.float64)
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    bins = np.digitize(confidence, edges[1:-1], right=True)
+    calibration, ece = [], 0.
+    for i in range(CALIBRATION_BINS):
+        inside = bins == i
+        row: dict[str, Any] = {'low': float(edges[i]), 'high': float(edges[i + 1]), 'count': int(inside.sum()),
+                               'accuracy': None, 'confidence': None}
+        if row['count']:
+            row.update(accuracy=float(predictions.correct[inside].mean()), confidence=float(confidence[inside].mean()))
+            ece += row['count'] / total * abs(row['accuracy'] - row['confidence'])
+        calibration.append(row)
     return {
         'count': total,
         'accuracy': float(hits.sum() / total),
@@ -89,8 +81,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
         'balanced_accuracy': float(recall[present].mean()),
         'balanced_accuracy_interval': np.percentile(resampled.mean(axis=1), (2.5, 97.5)).tolist(),
         'macro_f1': float(f1[present].mean()),
-        'ece': sum(
-            row['count'] / total * abs(row['accuracy'] - row['confidence']) for row in calibration if row['count']),
+        'ece': ece,
         'label_names': names,
         'absent': [name for name, there in zip(names, present, strict=True) if not there],
         'per_class': per_class,
@@ -100,30 +91,27 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
 
 
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
-    """Compare two models on the same images: McNemar's exact test and the difference of the accuracies.
+    """Compare two models, whose class orders may differ, on the same images.
 
-    The p-value is two-sided, and 1 where no image is right for one model only. The interval of `difference` (first
-    minus second) is the percentiles of 1000 paired bootstrap resamples of the images, with a fixed seed. The models'
-    class orders may differ.
+    `p_value` is of McNemar's exact test, two-sided, and 1 where no image is right for one model only. The interval of
+    `difference` (accuracy of the first minus that of the second) is the percentiles of 1000 paired bootstrap resamples
+    of the images, with a fixed seed.
 
     Raises:
         UserError: When the images are not the same.
     """
-    if list(first.files) != list(second.files) or not len(first.files):
-        raise UserError('the two predictions are of different images, or of none: predict the same folder.')
     total = len(first.files)
-    both, neither = first.correct & second.correct, ~first.correct & ~second.correct
-    only_first, only_second = (int((model.correct & ~both).sum()) for model in (first, second))
+    if list(first.files) != list(second.files) or not total:
+        raise UserError('the two predictions are of different images, or of none: predict the same folder.')
+    (neither, only_second), (only_first, both) = confusion_matrix(
+        first.correct, second.correct, labels=[False, True]).tolist()
     discordant = only_first + only_second
     # Resampling images draws the two discordant numbers from a multinomial distribution.
     draws = np.random.default_rng(0).multinomial(
         total, np.array([only_first, only_second, total - discordant]) / total, RESAMPLES)
     return {
         'count': total,
-        'both_right': int(both.sum()),
-        'only_first_right': only_first,
-        'only_second_right': only_second,
-        'both_wrong': int(neither.sum()),
+        'both_right': both, 'only_first_right': only_first, 'only_second_right': only_second, 'both_wrong': neither,
         'p_value': float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
         'difference': (only_first - only_second) / total,
         'difference_interval': np.percentile((draws[:, 0] - draws[:, 1]) / total, (2.5, 97.5)).tolist(),

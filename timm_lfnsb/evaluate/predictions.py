@@ -22,17 +22,13 @@ from ..models.loading import load_model
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says about the images of one folder: N images, C classes.
-
-    Attributes:
-        files: Paths below the split's folder, with forward slashes, in timm's order.
-        labels: True class indices (N,), int64, into `label_names`.
-        probabilities: Softmax outputs (N, C), float32.
-        label_names: The model's class names in the order of its outputs.
-    """
+    """What a model says about the N images of one folder, with C classes named in the order of its outputs."""
     files: Sequence[str]
+    """Paths below the split's folder, with forward slashes, in timm's order."""
     labels: np.ndarray
+    """True class indices (N,), int64, into `label_names`."""
     probabilities: np.ndarray
+    """Softmax outputs (N, C), float32."""
     label_names: Sequence[str]
 
     @property
@@ -49,8 +45,6 @@ class Predictions:
 class _Images(ImageDataset):
     """timm's folder data set, which reports an unreadable image instead of taking its neighbour for it."""
 
-    perturb: Callable[[Image.Image], Image.Image] | None = None
-
     def __getitem__(self, index: int) -> torch.Tensor | str:
         path = self.filename(index, absolute=True)
         try:
@@ -60,29 +54,11 @@ class _Images(ImageDataset):
             # Returned, because a data loader wraps what its workers raise in a traceback.
             return (f'cannot read the image {path} ({type(error).__name__}): repair it, or remove it and say so where '
                     'you report the figures.')
-        return self.transform(self.perturb(image) if self.perturb else image)
+        return self.transform(image)
 
 
 def _collate(items: list[Any]) -> torch.Tensor | str:
     return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
-
-
-def _open_split(data_dir: Path, split: str, label_names: Sequence[str]) -> tuple[_Images, np.ndarray]:
-    root = data_dir / split
-    if not root.is_dir():
-        there = ', '.join(sorted(path.name for path in data_dir.glob('*') if path.is_dir())) or 'none'
-        raise UserError(f"there is no data folder {data_dir} with a split folder '{split}'; folders there: {there}.")
-    # Every format that Pillow can open: timm's own short list would leave out the others without a word.
-    extensions = {ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN}
-    try:
-        images = _Images(root, input_key=';'.join(sorted(extensions)))
-    except RuntimeError:
-        raise UserError(f'{root} has no images; they belong into {root / "LABEL"}.') from None
-    parents = [Path(file).parent for file in images.filenames()]
-    if Path() in parents:
-        raise UserError(f'{root} has images outside of the label folders: move them into {root / "LABEL"}.')
-    indices = match_labels(sorted({parent.name for parent in parents}), label_names)
-    return images, np.array([indices[parent.name] for parent in parents])
 
 
 def predict_folder(
@@ -113,18 +89,31 @@ def predict_folder(
     if isinstance(model, str):
         model = load_model(model, inference=True)
     label_names = model_label_names(model)
-    images, labels = _open_split(Path(data_dir), split, label_names)
+    root = Path(data_dir) / split
+    if not root.is_dir():
+        there = ', '.join(sorted(path.name for path in Path(data_dir).glob('*') if path.is_dir())) or 'none'
+        raise UserError(f"there is no data folder {data_dir} with a split folder '{split}'; folders there: {there}.")
     config = resolve_model_data_config(model)
-    images.input_img_mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    images.transform = create_transform(**config)
-    images.perturb = perturb
+    transform = create_transform(**config)
+    if perturb:
+        transform.transforms.insert(0, perturb)
+    # Every format that Pillow can open: timm's own short list would leave out the others without a word.
+    extensions = sorted(ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN)
+    try:
+        images = _Images(root, input_key=';'.join(extensions), transform=transform,
+                         input_img_mode='L' if config['input_size'][0] == 1 else 'RGB')
+    except RuntimeError:
+        raise UserError(f'{root} has no images; they belong into {root / "LABEL"}.') from None
+    files = [Path(file) for file in images.filenames()]
+    if Path() in {file.parent for file in files}:
+        raise UserError(f'{root} has images outside of the label folders: move them into {root / "LABEL"}.')
+    indices = match_labels(sorted({file.parent.name for file in files}), label_names)
     to_device(model, device).eval()
     place = next(model.parameters(), torch.empty(0)).device
 
-    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
     outputs = []
     with torch.inference_mode(), tqdm(total=len(images), desc=split, unit='image', disable=not progress) as bar:
-        for batch in loader:
+        for batch in DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate):
             if isinstance(batch, str):
                 raise UserError(batch)
             batch = batch.to(place)
@@ -136,4 +125,5 @@ def predict_folder(
     probabilities = torch.cat(outputs).numpy()
     if not np.isfinite(probabilities).all():
         raise UserError('the model gives outputs that are not finite: its weights are broken.')
-    return Predictions([Path(file).as_posix() for file in images.filenames()], labels, probabilities, label_names)
+    labels = np.array([indices[file.parent.name] for file in files])
+    return Predictions([file.as_posix() for file in files], labels, probabilities, label_names)

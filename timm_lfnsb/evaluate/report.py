@@ -31,15 +31,10 @@ def evaluate_folder(
         tta: str | None = None,
         **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Evaluate a model on DATA_DIR/SPLIT and write the report into a folder.
+    """Evaluate a model on DATA_DIR/SPLIT, with options as for `predict_folder`, and write the report into a folder.
 
     Writes metrics.json, predictions.csv, confusion.png and reliability.png, and compare.json where there is another
     model to `compare` with on the same images. Files of these names are replaced, each as a whole.
-
-    Args:
-        model_name: A name for `load_model`, and so is `compare`.
-        data_dir: As for `predict_folder`, which also takes `split`, `tta` and the further `options`.
-        out_dir: Folder for the report, made if need be.
 
     Returns:
         The content of metrics.json, and of compare.json or None.
@@ -62,20 +57,16 @@ def evaluate_folder(
     comparison = None
     if other is not None:
         try:
-            other_predictions = predict_folder(other, data_dir, split, tta, **options)
+            second = predict_folder(other, data_dir, split, tta, **options)
         except UserError as error:
             raise UserError(f'{compare}: {error}') from error
         comparison = {
             'first': model_name, 'second': compare,
-            'accuracy_first': float(predictions.correct.mean()),
-            'accuracy_second': float(other_predictions.correct.mean()),
-            **compare_predictions(predictions, other_predictions), **setting,
+            'accuracy_first': float(predictions.correct.mean()), 'accuracy_second': float(second.correct.mean()),
+            **compare_predictions(predictions, second), **setting,
         }
-
     metrics = {
-        'model': model_name,
-        **compute_metrics(predictions),
-        **setting,
+        'model': model_name, **compute_metrics(predictions), **setting,
         'image_size': list(data_config['input_size'][1:]),
         'preprocessing': {key: value for key, value in data_config.items() if key != 'input_size'},
     }
@@ -86,10 +77,10 @@ def evaluate_folder(
         for image, label, predicted, row in zip(
                 predictions.files, predictions.labels, predictions.predicted, predictions.probabilities, strict=True):
             writer.writerow([image, names[label], names[predicted], *row])
-    with replacing(out_dir / 'confusion.png') as path:
-        confusion_figure(metrics['confusion'], names).savefig(path)
-    with replacing(out_dir / 'reliability.png') as path:
-        reliability_figure(metrics['calibration'], metrics['ece']).savefig(path)
+    for name, figure in (('confusion.png', confusion_figure(metrics['confusion'], names)),
+                         ('reliability.png', reliability_figure(metrics['calibration'], metrics['ece']))):
+        with replacing(out_dir / name) as path:
+            figure.savefig(path)
     if comparison is not None:
         write_json(out_dir / 'compare.json', comparison)
     write_json(out_dir / 'metrics.json', metrics)
@@ -99,25 +90,21 @@ def evaluate_folder(
 def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
     """Format what `evaluate_folder` returns as a table, in percent, with 95 % intervals in brackets."""
     averages = {'accuracy': 'accuracy', 'balanced_accuracy': 'balanced accuracy', 'macro_f1': 'macro F1', 'ece': 'ECE'}
-    classes = []
-    for name, figures in metrics['per_class'].items():
-        cells = [percent(figures, key) for key in ('precision', 'recall', 'f1')] if figures['count'] else [
-            'absent from the data']
-        classes.append([name, str(figures['count']), *cells])
+    classes = [
+        [name, figures['count'], *(percent(figures, key) for key in ('precision', 'recall', 'f1'))]
+        if figures['count'] else [name, 0, 'absent from the data'] for name, figures in metrics['per_class'].items()]
     table = partial(tabulate, tablefmt='plain', disable_numparse=True)
-    lines = [
-        f"{metrics['model']} on {metrics['split']}: {metrics['count']} images"
-        + (f", tta {metrics['tta']}" if metrics['tta'] else ''), '',
-        table([[title, percent(metrics, key)] for key, title in averages.items()]), '',
-        table(classes, ['class', 'count', 'precision', 'recall', 'F1']), '',
+    tta = f", tta {metrics['tta']}" if metrics['tta'] else ''
+    parts = [
+        f"{metrics['model']} on {metrics['split']}: {metrics['count']} images{tta}",
+        table([[title, percent(metrics, key)] for key, title in averages.items()]),
+        table(classes, ['class', 'count', 'precision', 'recall', 'F1']),
         'percent, with 95 % intervals; averages over the classes that occur',
     ]
     if comparison is not None:
-        lines += [
-            '',
+        parts.append(
             f"compared with {comparison['second']}: {percent(comparison, 'accuracy_second')} accuracy, difference "
-            f"{percent(comparison, 'difference', '+')} points",
+            f"{percent(comparison, 'difference', '+')} points\n"
             f"only {comparison['first']} right: {comparison['only_first_right']}, only {comparison['second']} right: "
-            f"{comparison['only_second_right']}, McNemar's exact test p = {comparison['p_value']:.3g}",
-        ]
-    return '\n'.join(lines)
+            f"{comparison['only_second_right']}, McNemar's exact test p = {comparison['p_value']:.3g}")
+    return '\n\n'.join(parts)

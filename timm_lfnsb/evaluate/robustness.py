@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
+from torchvision.transforms.functional import adjust_brightness, center_crop, pad
 
 from ..errors import UserError
 from ..models.loading import load_model
@@ -27,21 +27,14 @@ SKIN = (198, 134, 106)
 SKIN_LUMINANCE = round(0.299 * SKIN[0] + 0.587 * SKIN[1] + 0.114 * SKIN[2])
 
 
-def _repeat_border(image: Image.Image, x: int, y: int) -> Image.Image:
-    pixels = np.asarray(image)
-    return Image.fromarray(np.pad(pixels, [(y, y), (x, x)] + [(0, 0)] * (pixels.ndim - 2), mode='edge'))
-
-
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:
-    border = math.ceil(max(image.size) / 2)
-    turned = _repeat_border(image, border, border).rotate(degrees, Image.Resampling.BILINEAR)
-    return turned.crop((border, border, border + image.width, border + image.height))
+    wider = pad(image, math.ceil(max(image.size) / 2), padding_mode='edge')
+    return center_crop(wider.rotate(degrees, Image.Resampling.BILINEAR), [image.height, image.width])
 
 
 def _shift(image: Image.Image, right: float = 0, down: float = 0) -> Image.Image:
     x, y = round(right * image.width), round(down * image.height)
-    left, top = abs(x) - x, abs(y) - y
-    return _repeat_border(image, abs(x), abs(y)).crop((left, top, left + image.width, top + image.height))
+    return pad(image, [x, y, -x, -y], padding_mode='edge')
 
 
 def _blur(image: Image.Image) -> Image.Image:
@@ -55,10 +48,6 @@ def _jpeg(image: Image.Image, quality: int) -> Image.Image:
         return again.convert(image.mode)
 
 
-def _brighten(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
 def _tint(image: Image.Image) -> Image.Image:
     tinted = ImageOps.colorize(image.convert('L'), 'black', 'white', mid=SKIN, midpoint=SKIN_LUMINANCE)
     return tinted.convert(image.mode)
@@ -70,21 +59,23 @@ class Perturbation(NamedTuple):
     function: Callable[[Image.Image], Image.Image]
 
 
-PERTURBATIONS: dict[str, Perturbation] = {name: Perturbation(what, function) for name, what, function in (
-    ('hflip', 'mirrored left to right', ImageOps.mirror),
-    ('rotate+10', 'turned by 10 degrees, counter-clockwise', partial(_rotate, degrees=10)),
-    ('rotate-10', 'turned by 10 degrees, clockwise', partial(_rotate, degrees=-10)),
-    ('shift-left', 'crop off by 15 % of its width: face to the left', partial(_shift, right=-0.15)),
-    ('shift-right', 'crop off by 15 % of its width: face to the right', partial(_shift, right=0.15)),
-    ('shift-up', 'crop off by 15 % of its height: face higher', partial(_shift, down=-0.15)),
-    ('shift-down', 'crop off by 15 % of its height: face lower', partial(_shift, down=0.15)),
-    ('blur', 'Gaussian blur, sigma 1/48 of the side (1 pixel of 48)', _blur),
-    ('jpeg30', 'JPEG of quality 30 at the size in the file', partial(_jpeg, quality=30)),
-    ('brighter', 'brightness +30 %', partial(_brighten, factor=1.3)),
-    ('darker', 'brightness -30 %', partial(_brighten, factor=0.7)),
-    ('small', '24x24 pixels', partial(Image.Image.resize, size=(24, 24), resample=Image.Resampling.BICUBIC)),
-    ('tint', 'colour instead of grey: a tint from black over a skin tone to white, luminance kept', _tint),
-)}
+PERTURBATIONS = {
+    'hflip': Perturbation('mirrored left to right', ImageOps.mirror),
+    'rotate+10': Perturbation('turned by 10 degrees, counter-clockwise', partial(_rotate, degrees=10)),
+    'rotate-10': Perturbation('turned by 10 degrees, clockwise', partial(_rotate, degrees=-10)),
+    'shift-left': Perturbation('crop off by 15 % of its width: face to the left', partial(_shift, right=-0.15)),
+    'shift-right': Perturbation('crop off by 15 % of its width: face to the right', partial(_shift, right=0.15)),
+    'shift-up': Perturbation('crop off by 15 % of its height: face higher', partial(_shift, down=-0.15)),
+    'shift-down': Perturbation('crop off by 15 % of its height: face lower', partial(_shift, down=0.15)),
+    'blur': Perturbation('Gaussian blur, sigma 1/48 of the side (1 pixel of 48)', _blur),
+    'jpeg30': Perturbation('JPEG of quality 30 at the size in the file', partial(_jpeg, quality=30)),
+    'brighter': Perturbation('brightness +30 %', partial(adjust_brightness, brightness_factor=1.3)),
+    'darker': Perturbation('brightness -30 %', partial(adjust_brightness, brightness_factor=0.7)),
+    'small': Perturbation(
+        '24x24 pixels', partial(Image.Image.resize, size=(24, 24), resample=Image.Resampling.BICUBIC)),
+    'tint': Perturbation(
+        'colour instead of grey: a tint from black over a skin tone to white, luminance kept', _tint),
+}
 """The rows of the robustness table, by name."""
 
 
@@ -96,10 +87,9 @@ def measure_robustness(
         clean: Predictions | None = None,
         **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate a model on perturbed images of one split.
+    """Evaluate a model on perturbed images of one split, with arguments as for `predict_folder`.
 
     Args:
-        model: As for `predict_folder`, which also takes `data_dir`, `split` and the further `options`.
         names: Which of `PERTURBATIONS`, in this order.
         clean: The model's predictions on the same split as it is, made here where not given.
 
