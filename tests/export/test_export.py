@@ -68,7 +68,7 @@ def needs(suffix: str) -> None:
     if suffix == '.xml':
         pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]'")
     if suffix == '.pte':
-        pytest.importorskip('executorch.runtime', reason='pip install executorch to test it', exc_type=ImportError)
+        pytest.importorskip('executorch.runtime', reason="pip install 'timm-lfnsb[executorch]'", exc_type=ImportError)
 
 
 @pytest.fixture(scope='module')
@@ -319,13 +319,12 @@ def test_what_fails_is_one_sentence(small, tmp_path, monkeypatch):
         export_model(small, tmp_path / 'm.onnx')
     for package in ('onnx', 'onnxruntime', 'executorch', 'executorch.runtime'):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"needs onnx: pip install 'timm-lfnsb\[export\]'"):
+    with pytest.raises(UserError, match=r'exported as onnx: it needs onnx, pip install "timm-lfnsb\[export\]"'):
         export_model(small, tmp_path / 'm.onnx')
     assert not list(tmp_path.iterdir())
-    for suffix, package, wanted in (
-            ('.onnx', 'onnxruntime', r"'timm-lfnsb\[export\]'"), ('.pte', 'executorch', 'executorch')):
+    for suffix, package, extra in (('.onnx', 'onnxruntime', 'export'), ('.pte', 'executorch', 'executorch')):
         (tmp_path / f'm{suffix}').touch()
-        with pytest.raises(UserError, match=f'needs {package}: pip install {wanted}'):
+        with pytest.raises(UserError, match=rf'needs {package}, pip install "timm-lfnsb\[{extra}\]"'):
             ExportedModel(tmp_path / f'm{suffix}')
 
 

@@ -1,15 +1,12 @@
-"""Reading images of every kind, finding them in folders, the sample."""
+"""Reading images of every kind, and finding them in folders."""
 from __future__ import annotations
-
-import sys
 
 import numpy as np
 import pytest
-import skimage
 from PIL import Image
 
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.predict.images import ImageError, find_images, read_image, sample_picture
+from timm_lfnsb.predict.images import ImageError, find_images, read_image
 
 
 @pytest.mark.parametrize('orientation, stored', [
@@ -27,7 +24,7 @@ def test_path_and_pil_agree_with_exif_orientation_applied(tmp_path, gradient, or
 
 def test_16_bit_is_scaled(tmp_path):
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
-    expected = np.repeat(np.array([[0, 1, 128, 255]], dtype=np.uint8)[..., None], 3, axis=2)
+    expected = np.repeat([[[0], [1], [128], [255]]], 3, axis=2)
     Image.fromarray(values).save(tmp_path / 'a.png')  # I;16
     Image.fromarray(values.astype(np.int32)).save(tmp_path / 'a.tif')  # I
     for source in (values.astype('<u2'), values.astype('>u2'), tmp_path / 'a.png', tmp_path / 'a.tif',
@@ -52,12 +49,10 @@ def test_grey_palette_bilevel_and_cmyk(tmp_path, gradient):
     Image.fromarray(grey).save(tmp_path / 'l.png')
     palette = Image.fromarray(gradient).quantize(48)
     palette.save(tmp_path / 'p.gif')
+    np.testing.assert_array_equal(read_image(tmp_path / 'p.gif'), palette.convert('RGB'))
     for source, expected in (
-            (tmp_path / 'l.png', np.stack([grey] * 3, axis=2)), (grey, np.stack([grey] * 3, axis=2)),
-            (tmp_path / 'p.gif', np.asarray(palette.convert('RGB'))),
-            (Image.fromarray(grey > 60), np.stack([255 * (grey > 60)] * 3, axis=2)),
-    ):
-        np.testing.assert_array_equal(read_image(source), expected)
+            (tmp_path / 'l.png', grey), (grey, grey), (Image.fromarray(grey > 60), 255 * (grey > 60))):
+        np.testing.assert_array_equal(read_image(source), np.stack([expected] * 3, axis=2))
     Image.new('CMYK', (16, 16), (0, 255, 255, 0)).save(tmp_path / 'c.jpg')  # full magenta and yellow: red
     assert np.abs(read_image(tmp_path / 'c.jpg').astype(int) - (255, 0, 0)).max() <= 3
 
@@ -109,20 +104,10 @@ def test_find_images(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    found = find_images([tmp_path, tmp_path / 'notes.txt'], skip=tmp_path / 'out')
+    found = find_images(tmp_path, skip=tmp_path / 'out') + find_images(tmp_path / 'notes.txt')
     expected = ['a.tiff', 'b/1.png', 'b/2.JPG', 'notes.txt']
     assert [path.relative_to(tmp_path).as_posix() for path, _ in found] == expected
     assert [relative.as_posix() for _, relative in found] == expected
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='has no images'):
-        find_images([tmp_path / 'empty'])
-
-
-def test_missing_sample_says_how_to_get_it(tmp_path, monkeypatch):
-    assert read_image(sample_picture()).shape == (512, 512, 3)
-    monkeypatch.setattr(skimage, '__file__', str(tmp_path / '__init__.py'))
-    with pytest.raises(UserError, match='pip install --force-reinstall --no-deps scikit-image'):
-        sample_picture()
-    monkeypatch.setitem(sys.modules, 'skimage', None)
-    with pytest.raises(UserError, match='pip install scikit-image'):
-        sample_picture()
+        find_images(tmp_path / 'empty')

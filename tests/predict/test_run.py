@@ -45,7 +45,7 @@ def test_json_lines(folder):
 
 
 def test_table(folder):
-    long = 'a portrait whose name is long and has spaces, ünd Umlaute.png'
+    long = 'a long name with spaces, ünd Umlaute.png'
     (folder / 'photos' / 'ann.jpg').rename(folder / 'photos' / long)
     code, out, err = predict('photos')
     assert (code, err) == (0, '')
@@ -87,28 +87,26 @@ def test_bad_images_are_reported_and_the_rest_goes_on(folder):
     assert sorted(path.name for path in (folder / 'out').iterdir()) == ['ann.png', 'sky.png', 'trip']
 
 
-def test_annotated_pictures(folder, portrait):
-    Image.fromarray(portrait).save('photos/ann.png')
+def test_annotated_pictures(folder):
     for _ in range(2):  # again: the same names, and the pictures made before are no input
         code, out, _ = predict('photos', '--annotate', 'photos/faces')
-        assert code == 0 and len(out.splitlines()) == 5
+        assert code == 0 and len(out.splitlines()) == 4
         written = sorted(path.relative_to(folder) for path in (folder / 'photos' / 'faces').rglob('*.*'))
         assert [path.as_posix() for path in written] == [
-            'photos/faces/ann-2.png', 'photos/faces/ann.png', 'photos/faces/sky.png', 'photos/faces/trip/ann.png']
+            'photos/faces/ann.png', 'photos/faces/sky.png', 'photos/faces/trip/ann.png']
     with Image.open('photos/faces/trip/ann.png') as picture:
         assert picture.width > 480 and picture.mode == 'RGB'
-
-
-def test_annotate_does_not_overwrite_inputs(folder):
     before = (folder / 'photos' / 'trip' / 'ann.png').read_bytes()
     code, _, err = predict('photos/trip', '--annotate', 'photos/trip')
     assert code == 1 and '--annotate needs another folder' in err
-    assert predict('photos/trip/ann.png', '--annotate', 'photos/trip')[0] == 0
+    assert predict('photos/trip/ann.png', '--annotate', 'photos/trip')[0] == 0  # beside the input, not over it
     assert (folder / 'photos' / 'trip' / 'ann.png').read_bytes() == before
     assert (folder / 'photos' / 'trip' / 'ann-2.png').exists()
 
 
-def test_whole_images_and_margin(folder):
+def test_sample_whole_images_and_margin(folder):
+    code, out, _ = predict('--sample')
+    assert code == 0 and ' happiness ' in out
     code, out, _ = predict('photos/sky.png', '--detector', 'none', '--json')
     assert code == 0 and json.loads(out)['faces'][0]['box'] == [0, 0, 90, 60]
     tight, wide = (json.loads(predict('photos/ann.jpg', '--json', '--margin', margin)[1])['faces'][0]
@@ -118,17 +116,12 @@ def test_whole_images_and_margin(folder):
 
 @pytest.mark.parametrize('code, args, message', [
     (1, ['empty'], 'empty has no images'),
-    (1, ['photos', '--model', 'nonsense'], 'cannot load the model nonsense'),
     (1, ['photos', '--model', 'lfnsb.rafdb'], 'lfnsb.rafdb has no trained weights'),
-    (1, ['photos', '--model', 'local-dir:empty'], 'cannot load the model local-dir:empty'),
     (1, ['photos', '--model', 'local-dir:three'], 'label_names'),
     (1, ['photos', '--model', 'missing.onnx'], 'there is no file missing.onnx'),
     (1, ['photos', '--detector', 'none', '--margin', '0.1'], 'margin needs a detector'),
-    (1, ['photos', '--margin', '9'], 'margin must be'),
-    (1, ['photos', '--device', 'gpu'], "cannot use the device 'gpu'"),
     (1, ['photos/sky.png', '--annotate', 'photos/ann.jpg/out'], 'Not a directory'),
     (2, ['photos', '--annotate', 'photos/ann.jpg'], 'is a file'),
-    (2, [], '--sample'),
 ])
 def test_errors_are_one_sentence(folder, code, args, message):
     (folder / 'empty').mkdir()

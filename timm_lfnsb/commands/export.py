@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,7 +10,7 @@ import click
 @click.command()
 @click.argument('model')
 @click.argument('out', type=click.Path(path_type=Path))
-@click.option('--format', 'format_', type=click.Choice(['onnx', 'openvino', 'torch-export', 'executorch']),
+@click.option('--format', type=click.Choice(['onnx', 'openvino', 'torch-export', 'executorch']),
               help="Kind of file. [default: by OUT's suffix: .onnx, .xml, .pt2, .pte]")
 @click.option('--batch', default='1', show_default=True, metavar='N|dynamic', help='Images the file takes at a time.')
 @click.option('--precision', default='fp32', show_default=True, type=click.Choice(['fp32', 'fp16', 'int8']),
@@ -18,18 +19,17 @@ import click
               help='Let the file take RGB images, uint8 (batch, height, width, 3), and normalise them itself.')
 @click.option('--calibrate', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
               help='Face crops for int8: a folder, or a prepared data set, whose training split is taken.')
-def export(
-        model: str, out: Path, format_: str | None, batch: str, precision: str, with_preprocess: bool,
-        calibrate: Path | None,
-) -> None:
+def export(model: str, out: Path, batch: str, **options: Any) -> None:
     """Write MODEL as the file OUT for another runtime, and compare the two.
 
     MODEL is a timm name with weights, local-dir:PATH or hf-hub:ID. It is reparameterised, and its label names and input
     settings go into the file. The file is then run in its own runtime: if it disagrees with the model, there is none.
+
+    Needs pip install "timm-lfnsb[export]", for .pte files pip install "timm-lfnsb[executorch]".
     """
     if batch != 'dynamic' and not (batch.isdecimal() and int(batch) >= 1):
         raise click.UsageError(f"--batch is a number from 1 on, or 'dynamic', not {batch!r}.")
     from ..export.export import export_model
     from ..models.loading import load_model
-    size = None if batch == 'dynamic' else int(batch)
-    click.echo(str(export_model(load_model(model), out, format_, size, precision, with_preprocess, calibrate)))
+    click.echo(export_model(
+        load_model(model), out, batch=None if batch == 'dynamic' else int(batch), **options))

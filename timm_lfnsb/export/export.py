@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import nn
 
 from ..errors import UserError
 from ..labels import model_label_names
-from ..predict.exported import SUFFIXES, ExportedModel, missing_package, reason
+from ..predict.exported import SUFFIXES, ExportedModel, one_sentence
 from ..predict.images import find_images, read_image
+from ..predict.recognizer import input_config
 from ..version import __version__
 from .lowering import Interface, lower_network
 from .writers import WRITERS, Order
@@ -90,7 +91,7 @@ def export_model(
     """
     out = Path(out)
     format = _check_arguments(out, format, batch, precision, calibrate)
-    config = _data_config(model)
+    config = input_config(model)
     metadata = _metadata(model, config, precision, with_preprocess)
     pixels = _pixels(_noise() if calibrate is None else _faces(Path(calibrate)), config)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
@@ -141,17 +142,6 @@ def _check_arguments(out: Path, format: str | None, batch: int | None, precision
     return known
 
 
-def _data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's input settings of a model, with as many values as it has channels."""
-    config = dict(resolve_model_data_config(model))
-    chans = getattr(model, 'in_chans', config['input_size'][0])
-    config['input_size'] = (chans, *config['input_size'][1:])
-    if chans != len(config['mean']):  # as timm's loaders do when the config still has the values of RGB weights
-        for key in ('mean', 'std'):
-            config[key] = (sum(config[key]) / len(config[key]),) * chans
-    return config
-
-
 def _metadata(model: nn.Module, config: dict[str, Any], precision: str, with_preprocess: bool) -> dict[str, str]:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     entries = {
@@ -178,7 +168,7 @@ def _faces(folder: Path) -> list[Image.Image]:
     root = folder / 'train' if (folder / 'train').is_dir() else folder
     if not root.is_dir():
         raise UserError(f'there is no folder {folder} to calibrate with.')
-    paths = [path for path, _ in find_images([root])]
+    paths = [path for path, _ in find_images(root)]
     if len(paths) <= CHECK_COUNT:
         raise UserError(f'{folder} has {len(paths)} images: give some hundreds of faces to calibrate with.')
     np.random.default_rng(0).shuffle(paths)
@@ -210,17 +200,12 @@ def _write(model: nn.Module, normalization: Any, format: str, file: Path, order:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        failing = one_sentence(f'the model cannot be exported as {format}')
+        with failing, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')
             model = lower_network(model, {'onnx': 'onnxruntime', 'openvino': 'openvino'}.get(format, 'torch'))
             if order.precision == 'fp16' and format == 'torch-export':  # the other writers halve what they write
                 model.half()
             WRITERS[format](Interface(model, normalization).eval().requires_grad_(False), file, order)
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        raise missing_package(f'the format {format}', error) from error
-    except Exception as error:  # exporters raise nearly anything
-        raise UserError(f'the model cannot be exported as {format}: {reason(error)}') from error
     finally:
         logging.disable(level)

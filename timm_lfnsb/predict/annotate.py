@@ -20,14 +20,9 @@ MIN_FONT = 14
 
 
 def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
-    """Draw boxes around faces, and their probabilities as bars in a panel to the right of the picture.
+    """Draw boxes around the faces of what `read_image` takes, and their probabilities as bars in a panel beside it.
 
-    Nothing is drawn over the faces but the outline of their boxes: labels stand above the box. Pictures under 480
-    pixels are enlarged by a whole number.
-
-    Args:
-        image: Whatever `read_image` takes.
-        faces: What `ExpressionRecognizer` returned for it.
+    Labels stand above the boxes. Pictures under 480 pixels are enlarged by a whole number.
     """
     picture = Image.fromarray(read_image(image))
     zoom = math.ceil(MIN_SIDE / max(picture.size))
@@ -45,8 +40,7 @@ def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
         return max((math.ceil(font.getlength(text)) for text in texts), default=0)
 
     titles = [f'{number}  {face.label}' for number, face in enumerate(faces, 1)]
-    gap, bar_width = font_size // 2, 6 * font_size
-    name_width = width_of(*(name for face in faces for name in face.probabilities))
+    name_width, bar_width, gap = width_of(*(faces[0].probabilities if faces else ())), 6 * font_size, font_size // 2
     block_width = max(name_width + bar_width + width_of('0.00') + 2 * gap, width_of(*titles) + 2 * gap)
 
     # A band above the picture keeps the label of a box at the upper border out of the face.
@@ -90,14 +84,11 @@ def annotation_paths(images: Sequence[tuple[Path, Path]], folder: Path) -> list[
     def key(path: Path) -> str:
         return str(path.resolve()).lower()  # many file systems do not tell cases apart
 
-    taken = {key(path) for path, _ in images}
-    targets = []
+    taken, targets = {key(path) for path, _ in images}, []
     for _, relative in images:
-        target = folder / relative.with_suffix('.png')
-        number = 2
+        target, number = folder / relative.with_suffix('.png'), 2
         while key(target) in taken:
-            target = folder / relative.with_name(f'{relative.stem}-{number}.png')
-            number += 1
+            target, number = target.with_name(f'{relative.stem}-{number}.png'), number + 1
         taken.add(key(target))
         targets.append(target)
     return targets

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -21,11 +22,11 @@ from ..errors import UserError
 SUFFIXES = {'.onnx': 'onnx', '.xml': 'openvino', '.pt2': 'torch-export', '.pte': 'executorch'}
 """File suffix -> format, as `timm-lfnsb export --format` names it."""
 
-# Where the metadata lie in files that have no place of their own for them.
+# Where files of these formats keep the metadata.
 TORCH_EXTRA_FILE, OPENVINO_SECTION, EXECUTORCH_METHOD = 'timm_lfnsb.json', 'timm_lfnsb', 'metadata'
 
-# The function that runs a batch, the metadata, and the batch size where it is fixed.
-Opened = tuple[Callable[[np.ndarray], np.ndarray], dict[str, str], int | None]
+# The function that runs a batch, the metadata, and the batch size or what the runtime has in place of it.
+Opened = tuple[Callable[[np.ndarray], np.ndarray], dict[str, str], Any]
 
 
 def is_exported(name: str | os.PathLike[str]) -> bool:
@@ -39,23 +40,26 @@ def reason(error: Exception) -> str:
     return shorten(str(error), 300, placeholder=' ...') or type(error).__name__
 
 
-def missing_package(user: str, error: ModuleNotFoundError) -> UserError:
-    """The error that says which package `user` needs, and how to get it."""
-    package = (error.name or 'its runtime').partition('.')[0]
-    wanted = package if package == 'executorch' else "'timm-lfnsb[export]'"
-    return UserError(f'{user} needs {package}: pip install {wanted} brings it.')
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turn whatever an exporter or a runtime raises into a UserError: `what` fails, and why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        package = (error.name or 'its runtime').partition('.')[0]
+        extra = 'executorch' if package == 'executorch' else 'export'
+        raise UserError(f'{what}: it needs {package}, pip install "timm-lfnsb[{extra}]" brings it.') from error
+    except Exception as error:  # each has its own
+        raise UserError(f'{what}: {reason(error)}') from error
 
 
 class ExportedModel:
-    """An exported file, open in its runtime on the CPU.
+    """An exported file, open in its runtime on the CPU, whose threads are `threads` or the runtime's own choice.
 
-    Args:
-        path: A file with one of `SUFFIXES`; an OpenVINO .xml needs its .bin beside it.
-        threads: Threads that compute one batch, or None for the runtime's own choice.
-
-    Attributes:
-        metadata: What the file says about itself (see the module), string to string; may be empty.
-        batch_size: The batch the file is made for, or None where it takes any.
+    `metadata` is what the file says about itself (see the module), and may be empty. `batch_size` is the batch it is
+    made for, None where it takes any.
 
     Raises:
         UserError: When there is no such file, it is damaged, or its runtime is not installed.
@@ -67,19 +71,12 @@ class ExportedModel:
             raise UserError(f"{self.path} is no exported model: those end in {', '.join(SUFFIXES)}.")
         if not self.path.is_file():
             raise UserError(f'there is no file {self.path}.')
-        self.format = SUFFIXES[self.path.suffix]
-        try:
-            self._run, self.metadata, self.batch_size = _OPEN[self.format](self.path, threads)
-        except ModuleNotFoundError as error:
-            raise missing_package(self.path.name, error) from error
-        except Exception as error:  # each runtime has its own
-            raise UserError(f'{self.path} cannot be opened: {reason(error)}') from error
+        with one_sentence(f'{self.path} cannot be opened'):
+            self._run, self.metadata, batch = _OPEN[self.path.suffix](self.path, threads)
+        self.batch_size = batch if isinstance(batch, int) and batch > 0 else None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return the outputs (B, C) of a batch, which goes through in parts where the file has a fixed batch.
-
-        Args:
-            images: What `metadata['input']` says, else float32 (B, C, H, W).
+        """The outputs (N, C) of images as `metadata['input']` says, in parts of the batch that the file is made for.
 
         Raises:
             UserError: When the runtime refuses the images, for instance those of another size.
@@ -87,30 +84,18 @@ class ExportedModel:
         count, size = len(images), self.batch_size or len(images)
         if count % size:  # the last part is filled up with anything
             images = np.concatenate([images, np.repeat(images[-1:], size - count % size, axis=0)])
-        try:
+        with one_sentence(f'{self.path} does not run'):
             outputs = [np.array(self._run(np.ascontiguousarray(images[i:i + size]))) for i in range(0, count, size)]
-        except Exception as error:
-            raise UserError(f'{self.path} does not run: {reason(error)}') from error
         return np.concatenate(outputs)[:count]
 
     def value(self, key: str) -> Any:
-        """An entry of the metadata, lists and numbers parsed.
-
-        Raises:
-            UserError: When the file does not have it.
-        """
+        """An entry of the metadata, lists and numbers parsed; UserError where there is none."""
         if key not in self.metadata:
-            raise UserError(
-                f"{self.path} has no {key} in its metadata, so its {'outputs' if key == 'label_names' else 'inputs'} "
-                'cannot be told: make the file with `timm-lfnsb export`.')
+            raise UserError(f'{self.path} has no {key} in its metadata: make the file with `timm-lfnsb export`.')
         try:
             return json.loads(self.metadata[key])
         except json.JSONDecodeError:
             return self.metadata[key]
-
-
-def _fixed(shape: Sequence[Any]) -> int | None:
-    return shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
 
 
 def _open_onnx(path: Path, threads: int | None) -> Opened:
@@ -118,20 +103,20 @@ def _open_onnx(path: Path, threads: int | None) -> Opened:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    # Its threads would else keep a core busy for a while after every batch.
+    # Else its threads keep a core busy after every batch.
     options.add_session_config_entry('session.force_spinning_stop', '1')
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     entry = session.get_inputs()[0]
     metadata = dict(session.get_modelmeta().custom_metadata_map)
-    return lambda images: session.run(None, {entry.name: images})[0], metadata, _fixed(entry.shape)
+    return lambda images: session.run(None, {entry.name: images})[0], metadata, entry.shape[0]
 
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO's `Core`, one for the life of the process.
+    """OpenVINO's `Core`, one for the life of the process, so that its CPU plugin stays.
 
-    Its CPU plugin gives the thread that loads it a signal stack, and frees it in whichever thread lets go of the last
-    model, after which the next signal with a handler ends the process. With this core the plugin stays.
+    Else whichever thread lets go of the last model frees a signal stack of the thread that loaded the plugin, and the
+    next signal with a handler ends the process.
     """
     import openvino
     return openvino.Core()
@@ -147,10 +132,9 @@ def _open_openvino(path: Path, threads: int | None) -> Opened:
     metadata = {}
     if model.has_rt_info([OPENVINO_SECTION]):
         entries = model.get_rt_info([OPENVINO_SECTION]).value
-        # Some releases wrap the entries.
-        metadata = {key: str(getattr(entry, 'value', entry)) for key, entry in entries.items()}
+        metadata = {key: str(getattr(entry, 'value', entry)) for key, entry in entries.items()}  # some releases wrap
     batch = model.input(0).partial_shape[0]
-    return lambda images: compiled([images])[0], metadata, None if batch.is_dynamic else batch.get_length()
+    return lambda images: compiled([images])[0], metadata, batch.is_static and batch.get_length()
 
 
 def _open_torch(path: Path, threads: int | None) -> Opened:
@@ -161,22 +145,22 @@ def _open_torch(path: Path, threads: int | None) -> Opened:
     program = torch.export.load(str(path), extra_files=extra)
     module = torch.no_grad()(program.module())
     placeholder = program.graph_signature.user_inputs[0]
-    shape = next(node for node in program.graph.nodes if node.name == placeholder).meta['val'].shape
+    batch = next(node for node in program.graph.nodes if node.name == placeholder).meta['val'].shape[0]
     metadata = json.loads(extra[TORCH_EXTRA_FILE] or '{}')
-    return lambda images: module(torch.from_numpy(images)).numpy(), metadata, _fixed(shape)
+    return lambda images: module(torch.from_numpy(images)).numpy(), metadata, batch
 
 
 def _open_executorch(path: Path, threads: int | None) -> Opened:
     import torch
     from executorch.runtime import Runtime
-    del threads  # its thread pool is the process's
+    del threads  # it has one pool for all
     program = Runtime.get().load_program(str(path))
     forward = program.load_method('forward')
     metadata = {}
     if EXECUTORCH_METHOD in program.method_names:
         metadata = json.loads(program.load_method(EXECUTORCH_METHOD).execute([])[0])
-    shape = forward.metadata.input_tensor_meta(0).sizes()
-    return lambda images: forward.execute([torch.from_numpy(images)])[0].numpy(), metadata, _fixed(shape)
+    batch = forward.metadata.input_tensor_meta(0).sizes()[0]
+    return lambda images: forward.execute([torch.from_numpy(images)])[0].numpy(), metadata, batch
 
 
-_OPEN = dict(zip(SUFFIXES.values(), (_open_onnx, _open_openvino, _open_torch, _open_executorch), strict=True))
+_OPEN = dict(zip(SUFFIXES, (_open_onnx, _open_openvino, _open_torch, _open_executorch), strict=True))

@@ -24,11 +24,8 @@ CASCADE = 'haarcascade_frontalface_default.xml'
 class HaarDetector:
     """OpenCV's frontal face cascade, with settings that find few false faces.
 
-    It sees upright, frontal faces of at least 24 pixels, and a twentieth of the picture's shorter side. Profiles,
-    tilted heads and faces cut by the border are often missed, and round textures are sometimes taken for a face.
-
-    Raises:
-        UserError: When the installed OpenCV comes without the cascade.
+    It sees upright, frontal faces of at least 24 pixels, and a twentieth of the picture's shorter side. UserError where
+    the installed OpenCV comes without it.
     """
 
     def __init__(self) -> None:
@@ -58,8 +55,8 @@ class HaarDetector:
 def crop_face(image: np.ndarray, box: Any, margin: float = 0.) -> np.ndarray:
     """Cut the square (S, S, 3) around a box (x, y, width, height) out of an image (H, W, 3).
 
-    The face keeps its proportions: a box that is not square is widened. Beyond the image its border pixels are
-    repeated. `margin` is the fraction of the side to add on each of the four sides, above -0.5.
+    A box that is not square is widened. Beyond the image its border pixels are repeated. `margin` is the fraction of
+    the side to add on each of the four sides, above -0.5.
     """
     x, y, width, height = box
     side = max(1, round(max(width, height) * (1 + 2 * margin)))
@@ -89,17 +86,14 @@ def align_matrix(five_points: Any, size: int = 112) -> np.ndarray:
 
 
 def align_face(image: ImageInput, five_points: Any, size: int = 112) -> np.ndarray:
-    """Turn, scale and shift a face so that its five points meet the usual 112x112 template, and cut it out.
+    """Turn, scale and shift a face so that its five points meet the template of ArcFace, and cut it out.
 
-    The template is the one of ArcFace and MobileFaceNet. Bilinear; beyond the image its border pixels are repeated.
+    Bilinear; beyond the image its border pixels are repeated.
 
     Args:
-        image: Whatever `read_image` takes; the points are pixels of the upright image.
-        five_points: (5, 2) pixels (x, y): eyes, nose tip, mouth corners, those on the left of the image first.
-        size: Side of the crop; the template is scaled with it.
-
-    Returns:
-        uint8 array (size, size, 3), RGB.
+        image: Whatever `read_image` takes.
+        five_points: (5, 2) pixels (x, y) of the upright image: eyes, nose tip, mouth corners, those on the left first.
+        size: Side of the crop, uint8 RGB (size, size, 3); the template is scaled with it.
 
     Raises:
         ImageError: When the image cannot be read.

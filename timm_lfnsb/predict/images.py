@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,16 +23,15 @@ class ImageError(UserError):
 def read_image(source: ImageInput) -> np.ndarray:
     """Read an image into a uint8 array (H, W, 3), upright RGB.
 
-    The EXIF orientation is applied. 16-bit values are scaled down, never clipped. Transparent pixels are laid on
-    white. Of an animation the first frame is taken.
+    16-bit values are scaled down, never clipped. Transparent pixels are laid on white. Of an animation the first frame
+    is taken.
 
     Args:
         source: Path, PIL image of any mode that converts to RGB, or array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA
             of uint8, uint16, or floats in [0, 1].
 
     Raises:
-        ImageError: When the file is missing, damaged or too large for Pillow's decompression bomb limit, or an array
-            has another shape, type or range.
+        ImageError: When a file is missing, damaged or too large for Pillow, or an array has another shape or range.
         TypeError: When `source` is none of these.
     """
     if isinstance(source, np.ndarray):
@@ -87,40 +85,27 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def find_images(inputs: Sequence[Path], skip: Path | None = None) -> list[tuple[Path, Path]]:
-    """List images with their paths relative to the folder they were found in, sorted (a file: its name).
+def find_images(path: Path, skip: Path | None = None) -> list[tuple[Path, Path]]:
+    """The images below a folder, but for those below `skip` and hidden ones, with their relative paths, sorted.
 
-    Args:
-        inputs: Files, which are taken whatever their name, and folders, whose hidden files are left out.
-        skip: A folder to leave out of the search, such as one for results.
+    A file is taken whatever its name is, and without looking whether it is there.
 
     Raises:
         UserError: When a folder holds no image.
     """
+    if not path.is_dir():
+        return [(path, Path(path.name))]
     skipped = skip and skip.resolve()
-    images: list[tuple[Path, Path]] = []
-    for path in inputs:
-        if not path.is_dir():
-            images.append((path, Path(path.name)))
-            continue
-        found = sorted(
-            file for file in path.rglob('*')
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.') and file.is_file()
-            and not (skipped and skipped in file.resolve().parents))
-        if not found:
-            raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
-        images += [(file, file.relative_to(path)) for file in found]
-    return images
+    found = sorted(
+        file for file in path.rglob('*')
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.') and file.is_file()
+        and not (skipped and skipped in file.resolve().parents))
+    if not found:
+        raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
+    return [(file, file.relative_to(path)) for file in found]
 
 
 def sample_picture() -> Path:
-    """NASA's portrait of Eileen Collins in scikit-image; UserError where one of the two is missing."""
-    problem = 'the sample picture is missing, pip install {}scikit-image brings it.'
-    try:
-        import skimage
-    except ImportError:
-        raise UserError(problem.format('')) from None
-    path = Path(skimage.__file__).parent / 'data' / 'astronaut.png'
-    if not path.is_file():
-        raise UserError(problem.format('--force-reinstall --no-deps '))
-    return path
+    """NASA's portrait of Eileen Collins, which comes with scikit-image."""
+    import skimage
+    return Path(skimage.__file__).parent / 'data' / 'astronaut.png'

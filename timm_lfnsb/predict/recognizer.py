@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, overload
 
@@ -27,18 +27,24 @@ Detector = Callable[[np.ndarray], Any]
 class Face:
     """One face and its expression."""
 
-    box: Box
-    """x, y, width, height in pixels of the upright image."""
-    label: str
-    """Name of the most probable expression."""
-    score: float
-    """Its probability."""
-    probabilities: dict[str, float]
-    """Probability of every expression by name, in the order of the model's outputs."""
+    box: Box  # x, y, width, height in pixels of the upright image
+    label: str  # name of the most probable expression
+    score: float  # its probability
+    probabilities: dict[str, float]  # of every expression by name, in the order of the model's outputs
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, ready for JSON."""
-        return {**vars(self), 'box': list(self.box), 'probabilities': dict(self.probabilities)}
+        return {**asdict(self), 'box': list(self.box)}
+
+
+def input_config(model: nn.Module) -> dict[str, Any]:
+    """timm's input settings of a model, for as many channels as it takes."""
+    config = resolve_model_data_config(model)
+    chans = getattr(model, 'in_chans', config['input_size'][0])
+    config['input_size'] = (chans, *config['input_size'][1:])
+    if chans != len(config['mean']):  # as timm's loaders do when the config still has the values of RGB weights
+        config.update({key: (sum(config[key]) / len(config[key]),) * chans for key in ('mean', 'std')})
+    return config
 
 
 class ExpressionRecognizer:
@@ -49,14 +55,13 @@ class ExpressionRecognizer:
         ...     print(face.box, face.label, face.score)
 
     Args:
-        model: A name for `load_model` ('lfnsb', 'local-dir:FOLDER', 'hf-hub:ORG/NAME'); or a timm model with
-            its weights, which is only moved to the device and put into eval mode; or a file that `timm-lfnsb export`
-            wrote. Models carry `label_names` in their `pretrained_cfg`, files in their metadata.
+        model: A name for `load_model`; or a timm model with its weights and `label_names` in its `pretrained_cfg`,
+            which is moved to the device and put into eval mode; or a file that `timm-lfnsb export` wrote.
         detector: 'haar' for `HaarDetector`; None for images that are faces already, each taken whole; or a function
             from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width, height in pixels, or to five points of each
             face (N, 5, 2), with which the crop is `align_face`.
         margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2. FER+ was
-            cut with this kind of cascade, so by default none. It has no meaning for whole images and five points.
+            cut with this kind of cascade, so by default none.
         batch_size: Number of faces that go through the network together.
         device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
 
@@ -89,19 +94,20 @@ class ExpressionRecognizer:
         if isinstance(model, ExportedModel):
             if str(device) not in ('auto', 'cpu'):
                 raise ValueError(f"exported files run on the CPU here, not on '{device}': leave the device out.")
-            self.label_names = _exported_label_names(model)
+            names = model.value('label_names')
+            if not isinstance(names, list) or len({canonical_name(str(name)) for name in names}) != len(names):
+                raise UserError(f'{model.path} has no list of different names as label_names in its metadata.')
+            self.label_names = tuple(map(str, names))
             keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
             config = {key: model.value(key) for key in keys}
             config['normalize'] = model.value('input') == 'normalized'
         else:
             self.label_names = model_label_names(model)
             to_device(model, device).eval()
-            config = resolve_model_data_config(model)
-        chans = getattr(model, 'in_chans', config['input_size'][0])
+            config = input_config(model)
+        chans = config['input_size'][0]
         if chans not in (1, 3):
             raise ValueError(f'the model takes {chans} channels: only grey (1) and RGB (3) models see photographs.')
-        if chans == 1:  # as timm's loaders do when the config still has the values of RGB weights
-            config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
         self._mode = 'RGB' if chans == 3 else 'L'
         self._transform = create_transform(**config, is_training=False)
 
@@ -112,10 +118,7 @@ class ExpressionRecognizer:
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[list[Face]]: ...
 
     def __call__(self, images: ImageInput | list[Any] | tuple[Any, ...]) -> list[Face] | list[list[Face]]:
-        """Faces of an image in the detector's order ('haar': largest first), or of each of a list of images.
-
-        Args:
-            images: What `read_image` takes, or a list of that.
+        """Faces of what `read_image` takes, in the detector's order ('haar': largest first), or of each of a list.
 
         Raises:
             ImageError: When an image cannot be read.
@@ -131,9 +134,9 @@ class ExpressionRecognizer:
         return results
 
     def stream(self, images: Iterable[ImageInput]) -> Iterator[list[Face] | ImageError]:
-        """Yield the faces of each image in order, or the `ImageError` of one that cannot be read in its place.
+        """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be read.
 
-        For more images than fit into memory: at most `batch_size` images are under way, as crops.
+        At most `batch_size` images are under way, as crops.
         """
         pending: list[list[Box] | ImageError] = []
         crops: list[torch.Tensor] = []
@@ -197,10 +200,3 @@ class ExpressionRecognizer:
         if not scores.isfinite().all():
             raise UserError('the model gave scores that are not finite: its weights are damaged.')
         return scores.tolist()
-
-
-def _exported_label_names(model: ExportedModel) -> tuple[str, ...]:
-    names = model.value('label_names')
-    if not isinstance(names, list) or len({canonical_name(str(name)) for name in names}) != len(names):
-        raise UserError(f'{model.path} has no list of different names as label_names in its metadata.')
-    return tuple(str(name) for name in names)

@@ -21,10 +21,7 @@ def predict_lines(
 ) -> Iterator[tuple[str, bool]]:
     """Yield the lines of a table, or of one JSON object an image, each with whether it reports a problem instead.
 
-    Args:
-        inputs: Images, and folders of them.
-        annotate: Folder for pictures with the faces drawn in.
-        settings: For `ExpressionRecognizer`.
+    Pictures with the faces drawn in go into the folder `annotate`; `settings` are `ExpressionRecognizer`'s.
 
     Raises:
         UserError: When nothing can be predicted at all.
@@ -35,7 +32,7 @@ def predict_lines(
     found, problems = [], []
     for path in inputs:
         try:
-            found += find_images([path], skip=annotate)
+            found += find_images(path, skip=annotate)
         except UserError as error:
             problems.append(str(error))
     if not found:
