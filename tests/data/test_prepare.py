@@ -6,7 +6,6 @@ import io
 import json
 import os
 import random
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -394,15 +393,15 @@ def test_interrupted_run(source, target, monkeypatch, empty_target, error, messa
     make_rafdb(source)
     if empty_target:
         target.mkdir()
-    copy, calls = shutil.copyfile, []
+    write_bytes, calls = Path.write_bytes, []
 
     def interrupt(*args):
         calls.append(args)
         if len(calls) == 5:
             raise error
-        copy(*args)
+        write_bytes(*args)
 
-    monkeypatch.setattr(shutil, 'copyfile', interrupt)
+    monkeypatch.setattr(Path, 'write_bytes', interrupt)
     result = run('rafdb', source, target)
     assert result.exit_code == 1 and message in result.output
     assert set(os.listdir(target.parent)) == ({'source', 'target'} if empty_target else {'source'})

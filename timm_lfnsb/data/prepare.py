@@ -13,20 +13,21 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..util.files import file_sha256, replacing
-from .readers import READERS, SPLITS, VOTE_COLUMNS, Faces, Sample
+from .readers import READERS, SPLITS, VOTE_COLUMNS, Sample
 
 CLASS_MAP, DESCRIPTION, VOTES = 'class_map.txt', 'dataset.json', 'votes.csv'
 
@@ -63,17 +64,40 @@ def prepare_dataset(
     if not faces.samples:
         raise UserError(f'{source} holds no images of this data set.')
     digests = _check_images(faces.samples)
-    description = _describe(faces, digests)
-    texts = _texts(faces, description)
+    splits = {}
+    for split in SPLITS:
+        counts = Counter(sample.label for sample in faces.samples if sample.split == split)
+        dropped = dict(sorted(faces.dropped[split].items()))
+        if counts or dropped:
+            splits[split] = {'counts': {label: counts[label] for label in faces.label_names},
+                             'total': counts.total(), 'dropped': dropped}
+    description = {'name': faces.name, 'note': faces.note, 'label_names': list(faces.label_names), 'splits': splits,
+                   'sha256': checksum(digests)}
+    texts = {CLASS_MAP: '\n'.join(faces.label_names) + '\n',
+             DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + '\n'}
+    votes = sorted({(sample.name, *sample.votes) for sample in faces.samples if sample.votes})
+    if votes:
+        texts[VOTES] = ''.join(','.join(map(str, row)) + '\n' for row in [('file', *VOTE_COLUMNS), *votes])
+
     if not occupied:
-        _write(faces, texts, target, hard_link)
-        missing = dataset == 'ferplus' and VOTES not in texts
+        with building(target) as tree:
+            for sample in tqdm(faces.samples, desc='writing images', disable=None):
+                path = tree / sample.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if hard_link and isinstance(sample.source, Path):
+                    os.link(sample.source.resolve(), path)
+                else:
+                    path.write_bytes(sample.read())
+            for name, text in texts.items():
+                (tree / name).write_text(text, encoding='utf-8', newline='\n')
+        missing = dataset == 'ferplus' and not votes
         return description, f'is ready, without {VOTES}: there is none in {source}' if missing else 'is ready'
+
     found = {path.relative_to(target).as_posix(): file_sha256(path)
              for path in target.rglob('*') if not path.is_dir()}
     expected = {**digests, **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}}
-    add_votes = VOTES in texts and VOTES not in found
-    if add_votes or VOTES not in texts:  # only one of the two was made with the votes at hand
+    add_votes = bool(votes) and VOTES not in found
+    if add_votes or not votes:  # only one of the two was made with the votes at hand
         found.pop(VOTES, None)
         expected.pop(VOTES, None)
     if found != expected:
@@ -91,61 +115,37 @@ def _check_images(samples: Sequence[Sample]) -> dict[str, str]:
     for sample in tqdm(samples, desc='checking images', disable=None):
         if sample.path in digests:
             raise UserError(f'the source has two images for {sample.path}: rename or remove one.')
-        content = sample.source if isinstance(sample.source, bytes) else sample.source.read_bytes()
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                image.draft('L', (1, 1))  # the quickest decoding of a JPEG that still reads all of it
-                image.load()
-        except Exception as error:  # decoders raise whatever they please
-            name = sample.path if isinstance(sample.source, bytes) else sample.source
-            raise UserError(f'{name} is not a readable image ({type(error).__name__}).') from None
+        content = sample.read()
+        read_grey(io.BytesIO(content), sample.source if isinstance(sample.source, Path) else sample.path)
         digests[sample.path] = hashlib.sha256(content).hexdigest()
     return digests
 
 
-def _write(faces: Faces, texts: Mapping[str, str], target: Path, hard_link: bool) -> None:
+def read_grey(file: IO[bytes] | Path, name: str | Path, size: int = 1) -> np.ndarray:
+    """Decode all of an image to grey values (H, W), uint8; a JPEG may come smaller, but with sides of `size` or more.
+
+    Raises:
+        UserError: When the image called `name` cannot be decoded.
+    """
+    try:
+        with Image.open(file) as image:
+            image.draft('L', (size, size))  # the quickest way through a JPEG
+            return np.asarray(image.convert('L'))
+    except Exception as error:  # decoders raise whatever they please
+        raise UserError(f'{name} is not a readable image ({type(error).__name__}).') from None
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Give a folder to fill beside the target, and rename it to the target, absent or empty, when all is written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as temporary:
         tree = Path(temporary) / target.name
-        for sample in tqdm(faces.samples, desc='writing images', disable=None):
-            path = tree / sample.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(sample.source, bytes):
-                path.write_bytes(sample.source)
-            elif hard_link:
-                os.link(sample.source.resolve(), path)
-            else:
-                shutil.copyfile(sample.source, path)
-        for name, text in texts.items():
-            (tree / name).write_text(text, encoding='utf-8', newline='\n')
+        tree.mkdir()
+        yield tree
         if target.is_dir():
-            target.rmdir()  # empty, see above; Windows does not rename over it
+            target.rmdir()  # Windows does not rename over it
         tree.rename(target)
-
-
-def _describe(faces: Faces, digests: Mapping[str, str]) -> dict[str, Any]:
-    splits = {}
-    for split in SPLITS:
-        counts = Counter(sample.label for sample in faces.samples if sample.split == split)
-        dropped = dict(sorted(faces.dropped.get(split, {}).items()))
-        if counts or dropped:
-            splits[split] = {
-                'counts': {label: counts[label] for label in faces.label_names}, 'total': counts.total(),
-                'dropped': dropped}
-    return {
-        'name': faces.name, 'note': faces.note, 'label_names': list(faces.label_names), 'splits': splits,
-        'sha256': checksum(digests)}
-
-
-def _texts(faces: Faces, description: Mapping[str, Any]) -> dict[str, str]:
-    """The files beside the images; votes.csv has a line for each face and is no part of the checksum."""
-    texts = {CLASS_MAP: '\n'.join(faces.label_names) + '\n',
-             DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + '\n'}
-    votes = {(sample.name, *sample.votes) for sample in faces.samples if sample.votes}
-    if votes:
-        rows = [('file', *VOTE_COLUMNS), *sorted(votes)]
-        texts[VOTES] = ''.join(','.join(map(str, row)) + '\n' for row in rows)
-    return texts
 
 
 def checksum(digests: Mapping[str, str]) -> str:

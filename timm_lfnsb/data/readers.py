@@ -62,6 +62,10 @@ class Sample(NamedTuple):
         """Path in the prepared tree, always with forward slashes."""
         return f'{self.split}/{self.label}/{self.name}'
 
+    def read(self) -> bytes:
+        """The encoded image."""
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
 
 @dataclass
 class Faces:
@@ -94,8 +98,7 @@ def _read_ferplus_zips(source: Path) -> Faces:
     faces = Faces('ferplus', EXPRESSIONS_8, 'zip files, one for each split, taken as they are')
     votes_csv, votes = source / 'votes.csv', {}
     if votes_csv.is_file():
-        for line, row in enumerate(_csv_rows(votes_csv, ('file', *VOTE_COLUMNS)), start=2):
-            votes[row['file']] = _counts(row, VOTE_COLUMNS, votes_csv, line)
+        votes = {row['file']: counts for row, counts in _csv_rows(votes_csv, ['file'], VOTE_COLUMNS)}
     for split in SPLITS:
         path = source / f'{split}.zip'
         try:
@@ -110,42 +113,46 @@ def _read_ferplus_zips(source: Path) -> Faces:
             if match is None or canonical_name(match[1]) not in EXPRESSIONS_8:
                 raise UserError(f'{path} holds {member!r}, which is not {split}/LABEL/FILE.png with one of the labels '
                                 f'{", ".join(EXPRESSIONS_8)}.')
-            if votes_csv.is_file() and match[2] not in votes:
-                raise UserError(f'{votes_csv} has no line for {match[2]}: it is cut off, or of other faces.')
-            faces.samples.append(
-                Sample(split, canonical_name(match[1]), match[2], content, votes.get(match[2], ())))
+            label, name = canonical_name(match[1]), match[2]
+            if votes_csv.is_file() and name not in votes:
+                raise UserError(f'{votes_csv} has no line for {name}: it is cut off, or of other faces.')
+            faces.samples.append(Sample(split, label, name, content, votes.get(name, ())))
     return faces
 
 
 def _read_ferplus_csv(pixels_csv: Path, votes_csv: Path) -> Faces:
     faces = Faces('ferplus', EXPRESSIONS_8, f'{pixels_csv.name} with the votes of {votes_csv.name}')
-    found: list[tuple[str, str, str, bytes, list[int]]] = []
-    names: set[str] = set()
-    rows = zip_longest(
-        _csv_rows(pixels_csv, ('pixels', 'Usage')),
-        _csv_rows(votes_csv, ('Usage', 'Image name', *FERPLUS_COLUMNS)))
-    for line, (face, row) in enumerate(tqdm(rows, desc='reading csv', unit=' rows', disable=None), start=2):
-        if face is None or row is None or face['Usage'] != row['Usage'] or row['Usage'] not in FER2013_USAGE:
+    found: dict[str, tuple[str, str, bytes, list[int]]] = {}
+    rows = zip_longest(_csv_rows(pixels_csv, ['pixels', 'Usage']),
+                       _csv_rows(votes_csv, ['Usage', 'Image name'], [*EXPRESSIONS_8, 'unknown', 'NF']),
+                       fillvalue=({}, []))
+    for line, ((face, _), (row, votes)) in enumerate(tqdm(rows, desc='reading csv', unit=' rows', disable=None), 2):
+        split = FER2013_USAGE.get(row.get('Usage', ''))
+        if split is None or face.get('Usage') != row['Usage']:
             raise UserError(f'{pixels_csv} and {votes_csv.name} do not fit each other from line {line} on: one is cut '
                             f'off, or their rows are not for the same of {", ".join(FER2013_USAGE)}.')
-        split, name = FER2013_USAGE[face['Usage']], row['Image name']
-        votes = _counts(row, (*EXPRESSIONS_8, 'unknown', 'NF'), votes_csv, line)
-        label = VOTE_COLUMNS[votes.index(max(votes))]
+        name, label = row['Image name'], VOTE_COLUMNS[votes.index(max(votes))]
         if votes.count(max(votes)) > 1:
             faces.dropped[split]['tie for most votes'] += 1
         elif label not in EXPRESSIONS_8:
             faces.dropped[split][f"most votes for {label.replace('_', ' ')}"] += 1
         elif not re.fullmatch(PLAIN_PNG, name):
             raise UserError(f"{votes_csv}, line {line}: '{name}' is not a file name like fer0000000.png.")
-        elif name in names:  # true of four names in the published file
+        elif name in found:  # true of four names in the published file
             faces.dropped[split]['image name listed twice'] += 1
         else:
-            names.add(name)
-            found.append((split, label, name, _pixels(face['pixels'], pixels_csv, line), votes))
+            try:
+                pixels = bytes(map(int, face['pixels'].split()))
+            except ValueError:
+                pixels = b''
+            if len(pixels) != 48 * 48:
+                raise UserError(f'{pixels_csv}, line {line}: the pixels are not 48 x 48 numbers from 0 to 255.')
+            found[name] = split, label, pixels, votes
 
     seen: set[bytes] = set()
     # Test first: a face in two splits stays in the one that measures.
-    for split, label, name, pixels, votes in sorted(found, key=lambda face: SPLITS.index(face[0]), reverse=True):
+    for name, (split, label, pixels, votes) in sorted(
+            found.items(), key=lambda item: SPLITS.index(item[1][0]), reverse=True):
         if pixels in seen:
             faces.dropped[split]['exact duplicate of a kept image'] += 1
             continue
@@ -156,35 +163,23 @@ def _read_ferplus_csv(pixels_csv: Path, votes_csv: Path) -> Faces:
     return faces
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+def _csv_rows(path: Path, columns: Sequence[str], votes: Sequence[str] = ()) -> Iterator[
+        tuple[dict[str, str], list[int]]]:
+    """The rows of a csv file that must have these columns, each with the numbers in the columns of votes."""
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
             rows = csv.DictReader(file, strict=True, skipinitialspace=True)  # icml_face_data.csv writes ' pixels'
-            missing = [column for column in columns if column not in (rows.fieldnames or ())]
+            missing = [column for column in (*columns, *votes) if column not in (rows.fieldnames or ())]
             if missing:
                 raise UserError(f"{path} has no column {' or '.join(missing)}.")
             for row in rows:
                 if None in row or None in row.values():
                     raise UserError(f'{path}, line {rows.line_num}: there are not as many values as columns.')
-                yield row
+                if not all(row[column].strip().isdecimal() for column in votes):
+                    raise UserError(f'{path}, line {rows.line_num}: a vote is not a number.')
+                yield row, [int(row[column]) for column in votes]
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read as csv ({error}): fetch it again.') from None
-
-
-def _counts(row: dict[str, str], columns: Sequence[str], path: Path, line: int) -> list[int]:
-    if not all(row[column].strip().isdecimal() for column in columns):
-        raise UserError(f'{path}, line {line}: a vote is not a number.')
-    return [int(row[column]) for column in columns]
-
-
-def _pixels(text: str, path: Path, line: int) -> bytes:
-    try:
-        pixels = bytes(map(int, text.split()))
-    except ValueError:
-        pixels = b''
-    if len(pixels) != 48 * 48:
-        raise UserError(f'{path}, line {line}: the pixels are not 48 x 48 numbers from 0 to 255.')
-    return pixels
 
 
 def read_rafdb(source: Path) -> Faces:
@@ -221,7 +216,15 @@ def read_affectnet(source: Path, label_names: tuple[str, ...]) -> Faces:
             raise UserError(f'{source / folder} needs images/ID.jpg and annotations/ID_exp.npy of the same faces; '
                             f'{f"of {alone} one is missing" if alone else "there are none"}.')
         for face_id, image in tqdm(sorted(images.items()), desc=f'reading {folder}', disable=None):
-            number = _read_expression(annotations[face_id])
+            path = annotations[face_id]
+            try:
+                with path.open('rb') as file:  # some files hold the text '3'
+                    value = float(np.lib.format.read_array(file, allow_pickle=False).item())
+                number = int(value)
+                if number != value or number < 0:
+                    raise ValueError
+            except (ValueError, TypeError, EOFError, OverflowError):
+                raise UserError(f'{path} is damaged: it should hold one class number.') from None
             if number < len(label_names):
                 faces.samples.append(Sample(split, label_names[number], image.name, image))
             elif number < len(EXPRESSIONS_8):
@@ -229,17 +232,6 @@ def read_affectnet(source: Path, label_names: tuple[str, ...]) -> Faces:
             else:
                 faces.dropped[split]['no expression (class 8 or higher)'] += 1
     return faces
-
-
-def _read_expression(path: Path) -> int:
-    try:
-        with path.open('rb') as file:
-            value = float(np.lib.format.read_array(file, allow_pickle=False).item())  # some files hold the text '3'
-        if value < 0 or not value.is_integer():
-            raise ValueError
-    except (ValueError, TypeError, EOFError):
-        raise UserError(f'{path} is damaged: it should hold one class number.') from None
-    return int(value)
 
 
 def read_folder(source: Path) -> Faces:

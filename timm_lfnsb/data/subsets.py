@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..util.files import write_json
+from .prepare import building, read_grey
 
 FOLD_METHOD = 1
 """To be raised where a change here gives other folds."""
@@ -85,7 +85,7 @@ def write_subset(data_dir: Path, train_split: str, chosen: Sequence[str], target
         if list_images(target, train_split) != list(chosen):
             raise UserError(f'{target} holds other images than this subset: remove it or choose another folder.')
         return
-    with _building(target) as tree:
+    with building(target) as tree:
         for image in chosen:
             _link(data_dir / image, tree / image)
         for path in data_dir.iterdir():
@@ -165,11 +165,11 @@ def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: i
             return description
         raise UserError(f'{target} holds other folds: remove it or choose another folder.')
     images = list_images(data_dir)
-    groups = near_identical_groups([_read_grey(data_dir / image) for image in images])
+    groups = near_identical_groups([read_grey(data_dir / image, data_dir / image, FINE) for image in images])
     assigned = assign_folds([image.split('/')[-2] for image in images], groups, folds, seed)
     sizes = np.bincount(groups)
     counts: list[Counter[str]] = [Counter() for _ in range(folds)]
-    with _building(target) as tree:
+    with building(target) as tree:
         for image, fold in zip(images, assigned, strict=True):
             *splits, label, name = image.split('/')
             counts[fold][label] += 1
@@ -188,26 +188,6 @@ def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: i
         }
         write_json(tree / 'folds.json', description)
     return description
-
-
-def _read_grey(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            image.draft('L', (FINE, FINE))  # a JPEG is decoded no larger than needed
-            return np.asarray(image.convert('L'))
-    except Exception as error:  # decoders raise whatever they please
-        raise UserError(f'{path} is not a readable image ({type(error).__name__}).') from None
-
-
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside the target, and rename it to the target once everything is written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as temporary:
-        tree = Path(temporary) / target.name
-        tree.mkdir()
-        yield tree
-        tree.rename(target)
 
 
 def _link(source: Path, link: Path) -> None:
