@@ -51,15 +51,15 @@ def test_golden_losses(entry):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('alpha', [0., 0.1, 0.7, 1.])
-@pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 1e-5)])
-def test_formula(variant, alpha, dtype, tol):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_formula(variant, alpha, dtype):
     loss, features, target = make(alpha=alpha, variant=variant)
     features = features.to(dtype)  # rounded once, here: the loss itself computes in float32
     prob = np.eye(5)[target.numpy()]
     expected = loop_loss(features.double(), loss.centers.detach(), prob, alpha, variant)
     value = loss(features, target)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert value.item() == pytest.approx(expected, rel=tol)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -81,30 +81,6 @@ def test_scale_and_shift_of_the_features_change_only_the_variance():
     torch.testing.assert_close(loss(3 * features + 2, target), loss(features, target))
 
 
-def test_intended_variant_separates_and_paper_variant_does_not():
-    """Gradient descent on the features: distance to wrong centers grows with one, shrinks with the other."""
-    ends = {}
-    for variant in ('intended', 'paper'):
-        torch.manual_seed(1)
-        loss, features, target = make(variant=variant, learn_centers=False)
-        wrong = torch.nn.functional.one_hot(target, 5) == 0
-
-        def inter(features, centers=loss.centers, wrong=wrong):
-            return np.mean([
-                1 - np.corrcoef(features[i], centers[j])[0, 1]
-                for i in range(len(features)) for j in range(5) if wrong[i, j]])
-
-        start = inter(features)
-        features.requires_grad_()
-        optimizer = torch.optim.SGD([features], lr=1.)
-        for _ in range(100):
-            optimizer.zero_grad()
-            loss(features, target).backward()
-            optimizer.step()
-        ends[variant] = inter(features.detach()) - start
-    assert ends['intended'] > 0.05 and ends['paper'] < -0.05
-
-
 def test_where_each_variant_ends():
     """Features free to move, with learned centers: only one variant leaves the classes apart."""
     own, within, between = {}, {}, {}
@@ -112,10 +88,10 @@ def test_where_each_variant_ends():
     same = target[:, None] == target
     for variant in VARIANTS:
         torch.manual_seed(0)
-        loss = CosineHarmonyLoss(5, 64, variant=variant)
-        features = torch.randn(40, 64, requires_grad=True)
-        optimizer = torch.optim.Adam([features, *loss.parameters()], lr=0.05)
-        for _ in range(300):
+        loss = CosineHarmonyLoss(5, 32, variant=variant)
+        features = torch.randn(40, 32, requires_grad=True)
+        optimizer = torch.optim.Adam([features, *loss.parameters()], lr=0.1)
+        for _ in range(150):
             optimizer.zero_grad()
             loss(features, target).backward()
             optimizer.step()
@@ -138,22 +114,18 @@ def test_gradients_by_finite_differences(variant):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize(
-    'case', ['batch of one', 'constant feature', 'zero feature', 'zero center', 'all alike', 'huge'])
-def test_ugly_cases_stay_finite(variant, case):
+@pytest.mark.parametrize('change', [
+    lambda features, centers: features[:1],
+    lambda features, centers: features[:1].expand(9, -1).clone(),
+    lambda features, centers: features * 1e15,
+    lambda features, centers: features.index_fill(0, torch.tensor(0), 3.25),
+    lambda features, centers: features.index_fill(0, torch.tensor(0), 0),
+    lambda features, centers: features + 0 * centers[0].zero_(),
+], ids=['batch of one', 'all alike', 'huge', 'constant feature', 'zero feature', 'zero center'])
+def test_ugly_cases_stay_finite(variant, change):
     loss, features, target = make(variant=variant)
-    if case == 'batch of one':
-        features, target = features[:1], target[:1]
-    elif case == 'constant feature':
-        features[0] = 3.25
-    elif case == 'zero feature':
-        features[0] = 0
-    elif case == 'zero center':
-        loss.centers.data[0] = 0
-    elif case == 'all alike':
-        features[:] = features[0]
-    elif case == 'huge':
-        features *= 1e15
+    features = change(features, loss.centers.data)
+    target = target[:len(features)]
     features.requires_grad_()
     value = loss(features, target)
     value.backward()
@@ -168,6 +140,13 @@ def test_float32_under_autocast():
         cast = loss(features, target)
     assert cast.dtype == torch.float32
     assert torch.equal(plain, cast)
+
+
+def test_compiled_it_is_the_same():
+    """As one graph: nothing reads values of the batch."""
+    loss, features, target = make()
+    compiled = torch.compile(loss, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(features, target), loss(features, target))
 
 
 def test_fixed_centers_are_no_parameter():

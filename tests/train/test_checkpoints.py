@@ -14,41 +14,42 @@ from pathlib import Path
 import pytest
 import timm.utils
 import torch
-from support.train_script import Run, load, patched, train
+from support.train_script import Run, load, patched, standin, train
 
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.train.checkpoints import check_output, summarize
 from timm_lfnsb.train.launch import run_script
 
 
+def check(output: Path, experiment: str = 'run', **options) -> None:
+    check_output(argparse.Namespace(output=str(output), experiment=experiment, **options))
+
+
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'file/run cannot be written \(Not a directory\).*--output'):
-        check_output(argparse.Namespace(output=str(tmp_path / 'file'), experiment='run'))
+        check(tmp_path / 'file')
     if sys.platform == 'linux':
         with pytest.raises(UserError, match=r'/proc/none cannot be written'):
-            check_output(argparse.Namespace(output='/proc/none', experiment=''))
-    check_output(argparse.Namespace(output=str(tmp_path / 'new' / 'deep'), experiment='run'))
+            check(Path('/proc/none'), '')
+    check(tmp_path / 'new' / 'deep')
     assert list((tmp_path / 'new' / 'deep' / 'run').iterdir()) == []
+    with pytest.raises(UserError, match=r'none.pth.tar is not a file'):
+        check(tmp_path, resume=str(tmp_path / 'none.pth.tar'))
 
 
 @pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may write everywhere: run as a user')
 def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match=r'Permission denied'):
-        check_output(argparse.Namespace(output=str(tmp_path), experiment='run'))
+        check(tmp_path)
 
 
 def test_other_processes_of_a_run_do_not_write(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    check_output(argparse.Namespace(output=str(tmp_path / 'new'), experiment=''))
+    check(tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
-
-
-def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r'none.pth.tar is not a file'):
-        check_output(argparse.Namespace(output=str(tmp_path), resume=str(tmp_path / 'none.pth.tar')))
 
 
 @contextmanager
@@ -63,9 +64,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(tmp_path):
-    run = Run()
-    run.step()
-    saver = run.saver(tmp_path)
+    saver = Run().saver(tmp_path)
     saver.save_checkpoint(0, metric=1.)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'}
@@ -83,8 +82,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(tmp_path):
 
 def test_without_hard_links_a_failed_copy_keeps_the_best_checkpoint(tmp_path, monkeypatch):
     """Where the file system has none, timm copies; it removes the old file before."""
-    run = Run()
-    saver = run.saver(tmp_path)
+    saver = Run().saver(tmp_path)
     monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, 'no links here')))
     saver.save_checkpoint(0, metric=1.)
     assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 0
@@ -138,13 +136,13 @@ def test_a_restart_in_the_same_folder_keeps_the_best(tmp_path):
     saver = run.saver(tmp_path, max_history=2)
     for epoch, metric in enumerate((3., 9., 5.)):
         saver.save_checkpoint(epoch, metric=metric)
-    saver = run.saver(tmp_path, max_history=2, resume=str(tmp_path / 'last.pth.tar'))
-    assert saver.save_checkpoint(3, metric=6.) == (9., 1)
+    last = str(tmp_path / 'last.pth.tar')
+    assert run.saver(tmp_path, last, max_history=2).save_checkpoint(3, metric=6.) == (9., 1)
     assert load(tmp_path / 'model_best.pth.tar')['epoch'] == 1
     assert {path.name for path in tmp_path.glob('checkpoint-*')} == {'checkpoint-1.pth.tar', 'checkpoint-3.pth.tar'}
     # In another folder there is no history to keep.
     (tmp_path / 'new').mkdir()
-    assert run.saver(tmp_path / 'new', resume=str(tmp_path / 'last.pth.tar')).best_metric is None
+    assert run.saver(tmp_path / 'new', last).best_metric is None
 
 
 def test_summary_has_one_header(tmp_path):
@@ -152,3 +150,33 @@ def test_summary_has_one_header(tmp_path):
     for epoch in (0, 1):  # timm's script asks for a header at each start
         summarize(epoch, dict(loss=1.), dict(top1=2.), str(path), lr=0.1, write_header=True)
     assert path.read_text().split() == ['epoch,train_loss,eval_top1,lr', '0,1.0,2.0,0.1', '1,1.0,2.0,0.1']
+
+
+@pytest.mark.parametrize('names, keys, kept', [
+    (('neutral', 'happy', 'sad', 'angry'), {'task_state'}, True),  # synonyms
+    (('neutral', 'happiness', 'sadness', 'anger'), {'task_state', 'task_state_ema'}, True),
+    (('anger', 'happiness', 'neutral', 'sadness'), {'task_state'}, False),
+    (('neutral', 'happiness', 'sadness', 'anger'), {}, False),  # a run without the loss
+])
+def test_centers_go_on_from_the_initial_checkpoint_of_a_run_with_the_same_labels(
+        names, keys, kept, face_folder, tmp_path, caplog):
+    (tmp_path / 'old.txt').write_text('\n'.join(names))
+    centers = {'task_state': torch.rand(4, 512), 'task_state_ema': torch.rand(4, 512)}
+    states = {key: {'cosine_harmony': {'centers': centers[key]}} for key in keys}
+    args = argparse.Namespace(model='mobilefacenet', class_map=str(tmp_path / 'old.txt'))
+    torch.save({'state_dict': {}, 'args': args, **states}, tmp_path / 'last.pth.tar')
+    flags = ['--cosine-harmony', '1', '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt']
+    begun = torch.tensor(standin(tmp_path, *flags)['centers'])
+    ours = torch.tensor(standin(tmp_path, *flags, '--initial-checkpoint', tmp_path / 'last.pth.tar')['centers'])
+    expected = centers['task_state_ema' if 'task_state_ema' in keys else 'task_state'] if kept else begun
+    torch.testing.assert_close(ours, expected)
+    assert ('start anew' in caplog.text) == (not kept and bool(keys))
+
+
+def test_real_train_keeps_centers_from_an_initial_checkpoint(timm_scripts, face_folder, tmp_path):
+    flags = ['--epochs', '1', '--val-split', '']
+    first = train(timm_scripts, face_folder, tmp_path, 'first', *flags) / 'last.pth.tar'
+    second = train(timm_scripts, face_folder, tmp_path, 'next', *flags, '--initial-checkpoint', first, '--lr', '1e-9',
+                   '--seed', '9') / 'last.pth.tar'
+    ends = [load(path)['task_state']['cosine_harmony']['centers'] for path in (first, second)]
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-4, rtol=0)

@@ -1,22 +1,25 @@
-"""Folders and class map that do not fit are refused before training."""
+"""Folders and class map that do not fit are refused before training; weights of other labels are warned of."""
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
-from support.train_script import STANDIN, patched
+import yaml
+from PIL import Image
+from support.train_script import STANDIN, launch, one_sentence, standin
 
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.train import launch
-from timm_lfnsb.train.data_check import check_class_folders
-from timm_lfnsb.train.launch import run_script
+from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
+from timm_lfnsb.train.data_check import check_class_folders, warn_of_other_labels
+
+CLASSES = ['neutral', 'happiness', 'anger']
 
 
 def folders(tmp_path: Path, train=('anger', 'happiness', 'neutral'), validation=None, classes=None, **options):
-    from PIL import Image
     for split, names in dict(train=train, validation=validation or train).items():
         for name in names:
             (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
@@ -26,9 +29,6 @@ def folders(tmp_path: Path, train=('anger', 'happiness', 'neutral'), validation=
         (tmp_path / 'map.txt').write_text('\n'.join(classes) + '\n')
         defaults['class_map'] = str(tmp_path / 'map.txt')
     return argparse.Namespace(**{**defaults, **options})
-
-
-CLASSES = ['neutral', 'happiness', 'anger']
 
 
 def test_folders_that_fit_the_class_map_pass(tmp_path):
@@ -62,19 +62,15 @@ def test_folders_left_out_on_purpose(skip, tmp_path):
         check_class_folders(options)
 
 
-def test_tar_files_are_looked_into(tmp_path):
+def test_tar_files_are_looked_into_and_zip_files_refused(tmp_path):
     options = folders(tmp_path, classes=CLASSES, train=('anger', 'happy'))
     with tarfile.open(tmp_path / 'faces.tar', 'w') as tar:
         tar.add(tmp_path / 'train', 'train')
-    options.data_dir, options.val_split = str(tmp_path / 'faces.tar'), ''
+    tarred = argparse.Namespace(**{**vars(options), 'data_dir': str(tmp_path / 'faces.tar'), 'val_split': ''})
     with pytest.raises(UserError, match=r'faces.tar has folders.*happy \(which the class map calls happiness\)'):
-        check_class_folders(options)
+        check_class_folders(tarred)
     (tmp_path / 'map.txt').write_text('happy\nanger\n')
-    check_class_folders(options)
-
-
-def test_zip_files_and_empty_splits_are_refused(tmp_path):
-    options = folders(tmp_path, classes=CLASSES)
+    check_class_folders(tarred)
     shutil.rmtree(tmp_path / 'validation')
     (tmp_path / 'validation').mkdir()
     (tmp_path / 'validation' / 'faces.zip').write_bytes(b'')
@@ -104,22 +100,82 @@ def test_splits_numbered_differently_are_refused_without_a_class_map(tmp_path):
 
 def test_the_launcher_checks_folders_before_all_else(tmp_path):
     options = folders(tmp_path, classes=CLASSES, train=('anger', 'happy'))
-    with patched(), pytest.raises(UserError, match=r'happy'):
-        run_script(str(STANDIN), ['--data-dir', str(tmp_path), '--class-map', options.class_map, '--output',
-                                  str(tmp_path / 'out')])
+    flags = ['--data-dir', tmp_path, '--class-map', options.class_map, '--output', tmp_path / 'out']
+    one_sentence(launch(STANDIN, *flags), 'happy')
     assert not (tmp_path / 'out').exists()
+    (tmp_path / 'config.yaml').write_text('skip_folders: [happy]\n')
+    assert launch(STANDIN, *flags, '--config', tmp_path / 'config.yaml').exit_code == 0
 
 
-def test_the_options_show_in_help_and_work_from_yaml(tmp_path, capsys):
-    with patched(), pytest.raises(SystemExit):
-        run_script(str(STANDIN), ['--help'])
-    text = capsys.readouterr().out
-    assert '--skip-folders NAME' in text and '--no-epoch-seeds' in text and 'Safe training' in text
-    options = folders(tmp_path, classes=CLASSES, train=('anger', 'yawning'))
-    config = tmp_path / 'config.yaml'
-    config.write_text('skip_folders: [yawning]\nno_epoch_seeds: true\n')
-    with patched():
-        run_script(str(STANDIN), ['--config', str(config), '--data-dir', str(tmp_path), '--class-map',
-                                  options.class_map, '--output', str(tmp_path)])
-    assert launch.rank() == 0
-    assert '"no_epoch_seeds": true' in (tmp_path / 'result.json').read_text()
+# --- pretrained weights with other labels ------------------------------------------------------------------------
+
+@pytest.fixture
+def warning(tmp_path, caplog):
+    """The warning for a run with these options and class names, '' where there is none."""
+    def check(names=None, **options) -> str:
+        if names is not None:
+            options['class_map'] = str(tmp_path / 'map.txt')
+            Path(options['class_map']).write_text('\n'.join(names) + '\n')
+        options = dict(dict(class_map='', data_dir=None, dataset='', train_split='train', num_classes=None), **options)
+        caplog.clear()
+        warn_of_other_labels(argparse.Namespace(**options))
+        return caplog.text
+    return check
+
+
+ALPHABETICAL = sorted(EXPRESSIONS_8)
+IN_ORDER = ', '.join(EXPRESSIONS_8)
+
+
+@pytest.mark.parametrize('names, options, words', [
+    (ALPHABETICAL, dict(model='lfnsb.ferplus'),
+     ['WARNING', IN_ORDER, ', '.join(ALPHABETICAL), 'map.txt', '--class-map', '--head-init-scale 0']),
+    (['Anger', 'Contempt', 'Disgust', 'Fear', 'Happy', 'Neutral', 'Sad', 'Surprise'], dict(num_classes=8),
+     ['the lines Neutral, Happy, Sad, Surprise, Fear, Disgust, Anger, Contempt,']),  # spelled as the run does
+    (['neutral', 'yawning', *EXPRESSIONS_8[2:]], dict(num_classes=8), ['yawning', 'leave the weights out']),
+    (EXPRESSIONS_7, dict(num_classes=7), ['new classifier', 'mixed up']),
+])
+def test_other_labels_are_warned_of(names, options, words, warning):
+    text = warning(names, **{'model': 'lfnsb', 'pretrained': True, **options})
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize('names, options', [
+    (EXPRESSIONS_8, dict(model='lfnsb')),
+    (['Neutral', 'Happy', 'sad', 'surprised', 'fearful', 'disgusted', 'angry', 'contempt'], dict(model='lfnsb')),
+    (ALPHABETICAL, dict(model='lfnsb', pretrained=False)),
+    (ALPHABETICAL, dict(model='lfnsb', resume='last.pth.tar')),
+    (ALPHABETICAL, dict(model='hf-hub:nobody/nothing')),  # not fetched
+    (ALPHABETICAL, dict(model='resnet18')),               # has no label names
+    (ALPHABETICAL, dict(model='no_such_model')),
+    (ALPHABETICAL, dict(model='local-dir:no_such_folder')),
+    (ALPHABETICAL, dict(model='lfnsb', pretrained=False, initial_checkpoint='no_such.pth.tar')),
+])
+def test_the_same_labels_and_unknown_ones_are_not_warned_of(names, options, warning):
+    assert warning(names, **{'pretrained': True, **options}) == ''
+
+
+def test_labels_of_timm_folders(warning, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(dict(architecture='lfnsb', label_names=list(EXPRESSIONS_8))))
+    for options in (dict(model=f'local-dir:{tmp_path}', pretrained=True),
+                    dict(model='lfnsb', pretrained_path=str(tmp_path / 'model.safetensors'))):
+        assert warning(EXPRESSIONS_8, **options) == ''
+        assert ', '.join(ALPHABETICAL) in warning(ALPHABETICAL, **options)
+
+
+def test_labels_of_a_run_of_train_py(warning, face_folder, tmp_path):
+    """A checkpoint's run left args.yaml; both runs index the folders as train.py does."""
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(
+        data_dir=str(face_folder), class_map=str(face_folder / 'class_map.txt'))))
+    checkpoint = str(tmp_path / 'last.pth.tar')
+    text = warning(model='lfnsb', initial_checkpoint=checkpoint, data_dir=str(face_folder))
+    assert 'neutral, happiness, sadness, anger' in text and 'anger, happiness, neutral, sadness' in text
+    assert 'alphabetical' in text
+    assert warning(['neutral', 'happy', 'sad', 'angry'], model='lfnsb', initial_checkpoint=checkpoint) == ''
+
+
+def test_the_launcher_warns_once(tmp_path, face_folder, caplog):
+    standin(tmp_path, '--model', 'lfnsb', '--pretrained', '--data-dir', face_folder)
+    assert caplog.text.count('other classes') == 1
+    assert IN_ORDER in caplog.text and 'anger, happiness, neutral, sadness' in caplog.text

@@ -2,41 +2,32 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import timm.utils
+import timm
 import torch
-from support.train_script import BASE, CPU, RANDOM, assert_same_end, environment, load, train
-
-FLAGS = {
-    'accumulation': ['--grad-accum-steps', '3'],
-    'bfloat16': ['--amp', '--amp-dtype', 'bfloat16'],
-    'mixup': ['--mixup', '0.2', '--cutmix', '1'],
-    'mixup without prefetcher': ['--mixup', '0.2', '--cutmix', '1', '--no-prefetcher'],
-    'channels-last': ['--channels-last'],
-    'layer decay': ['--layer-decay', '0.7'],
-}
+import yaml
+from support.train_script import BASE, RANDOM, TORCHRUN, assert_same_end, launch, load, python, train
 
 
-SLOW_FLAGS = {
-    'compiled': ['--torchcompile', 'eager'],
-    'bce': ['--bce-loss'],
-    'checkpointing': ['--grad-checkpointing'],
-}
-
-
-@pytest.mark.parametrize('name', [*FLAGS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_FLAGS)])
-def test_real_train_learns_with_each_flag(name, timm_scripts, face_folder, tmp_path):
+@pytest.mark.parametrize('flags', [
+    ['--grad-accum-steps', '3'],
+    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--layer-decay', '0.7'],
+    ['--mixup', '0.2', '--cutmix', '1'],
+    ['--mixup', '0.2', '--cutmix', '1', '--no-prefetcher'],
+    pytest.param(['--torchcompile', 'eager'], marks=pytest.mark.slow),
+    pytest.param(['--bce-loss'], marks=pytest.mark.slow),
+    pytest.param(['--grad-checkpointing'], marks=pytest.mark.slow),
+], ids=' '.join)
+def test_real_train_learns_with_each_flag(flags, timm_scripts, face_folder, tmp_path):
     run = train(timm_scripts, face_folder, tmp_path, 'run', '--epochs', '2', '--no-aug', '--model-ema',
-                '--model-ema-decay', '0.5', '--val-split', '', *{**FLAGS, **SLOW_FLAGS}[name])
-    end = load(run / 'last.pth.tar')
-    start = load(run / 'checkpoint-0.pth.tar')
-    centers = [state[key]['cosine_harmony']['centers'] for state in (start, end) for key in ('task_state',
-                                                                                            'task_state_ema')]
+                '--model-ema-decay', '0.5', '--val-split', '', '--model', 'lfnsb', *flags)
+    start, end = load(run / 'checkpoint-0.pth.tar'), load(run / 'last.pth.tar')
+    centers = [state[key]['cosine_harmony']['centers'] for state in (start, end) for key in (
+        'task_state', 'task_state_ema')]
     assert all(tensor.isfinite().all() for tensor in centers)
     assert not torch.equal(centers[0], centers[2]) and not torch.equal(centers[1], centers[3])  # learned, and averaged
     assert not torch.equal(centers[2], centers[3])
@@ -45,78 +36,40 @@ def test_real_train_learns_with_each_flag(name, timm_scripts, face_folder, tmp_p
     assert losses[1] < losses[0]
     # Steps the optimizer made: one for each group of batches, the last one smaller.
     steps = {float(state['step']) for state in end['optimizer']['state'].values()}
-    assert steps == {4. if name == 'accumulation' else 8.}
-
-
-def test_accumulated_gradients_are_those_of_the_mean_loss():
-    """Two halves, each divided by two, as timm's script does it."""
-    from timm_lfnsb import CosineHarmonyTask
-    model = timm.create_model('mobilefacenet', num_classes=4, img_size=32).eval()
-    task = CosineHarmonyTask(model, torch.nn.CrossEntropyLoss(), device=CPU, verbose=False).eval()
-    images, target = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0, 1])
-    parameters = list(task.trainable_module.parameters())
-    (0.5 * (task(images[:3], target[:3])['loss'] + task(images[3:], target[3:])['loss'])).backward()
-    expected = [parameter.grad.clone() for parameter in parameters]
-    task.zero_grad()
-    for half in (slice(0, 3), slice(3, 6)):
-        with task.no_sync():
-            loss = task(images[half], target[half])['loss']
-            loss /= 2
-            loss.backward()
-    for parameter, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+    assert steps == {4. if '--grad-accum-steps' in flags else 8.}
 
 
 @pytest.mark.slow
 def test_real_train_with_inductor(timm_scripts, face_folder, tmp_path):
     """Compiled and plain, the same run: equal to rounding. A network of few layers, for the compiler is slow."""
     whole, compiled = (
-        train(timm_scripts, face_folder, tmp_path, name, '--model', 'test_resnet', '--epochs', '1', '--no-aug',
-              '--mixup', '0.2', '--opt', 'sgd', '--lr', '1e-3', '--val-split', '', *flags)
+        train(timm_scripts, face_folder, tmp_path, name, '--epochs', '1', '--no-aug', '--mixup', '0.2', '--opt',
+              'sgd', '--lr', '1e-3', '--val-split', '', *flags)
         for name, flags in (('whole', []), ('compiled', ['--torchcompile'])))
     a, b = (load(run / 'last.pth.tar') for run in (whole, compiled))
     assert a['metric'] == pytest.approx(b['metric'], rel=1e-2)
     torch.testing.assert_close(a['task_state'], b['task_state'], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes_accumulate_and_resume(timm_scripts, face_folder, tmp_path):
-    """DDP on gloo with accumulation, mixup and EMA: resumed equals whole, as in one process."""
-    def ddp(experiment: str, *flags: object) -> Path:
-        command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m',
-                   'timm_lfnsb', 'run', timm_scripts / 'train.py', *BASE, *RANDOM, '-j', '1', '-b', '4',
-                   '--grad-accum-steps', '2', '--epochs', '2', '--data-dir', face_folder, '--output', tmp_path,
-                   '--experiment', experiment, *flags]
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment())
-        assert result.returncode == 0, result.stderr[-3000:]
-        return tmp_path / experiment
-    whole = ddp('whole')
-    assert_same_end(whole, ddp('resumed', '--resume', whole / 'checkpoint-0.pth.tar'))
-
-
 @pytest.mark.parametrize('flags', [
-    RANDOM,
     [*RANDOM, '-j', '2', '--sched-on-updates', '--grad-accum-steps', '2'],
-    ['-j', '2', '--mixup', '0.2', '--mixup-off-epoch', '1', '--model-ema'],
+    ['--mixup', '0.2', '--mixup-off-epoch', '1', '--model-ema'],
     ['-j', '1', '--train-img-sizes', '32', '48', '--balance-power', '1', '--model-ema'],
-], ids=['no workers', 'two workers', 'mixup off', 'sizes and balance'])
+    ['--no-epoch-seeds'],
+], ids=['two workers', 'mixup off', 'sizes and balance', "timm's own order"])
 def test_a_resumed_run_equals_an_uninterrupted_one(flags, timm_scripts, face_folder, tmp_path):
-    """To the last bit: weights, centers, their averages, optimizer."""
+    """To the last bit: weights, centers, their averages, optimizer; but not in timm's own order."""
     flags = ['--epochs', '2', '--val-split', '', *flags]
     whole = train(timm_scripts, face_folder, tmp_path, 'whole', *flags)
     # The checkpoint that a run broken off in its second epoch leaves behind.
     resumed = train(timm_scripts, face_folder, tmp_path, 'resumed', *flags, '--resume', whole / 'checkpoint-0.pth.tar')
+    if '--no-epoch-seeds' in flags:
+        with pytest.raises(AssertionError, match=r'state_dict'):
+            assert_same_end(whole, resumed, keys=['state_dict'])
+        return
     assert_same_end(whole, resumed)
     rows = [list(csv.DictReader((run / 'summary.csv').open())) for run in (whole, resumed)]
     assert rows[0][1:] == rows[1]
-
-
-def test_without_epoch_seeds_timms_own_order_is_back(timm_scripts, face_folder, tmp_path):
-    flags = ['--epochs', '2', '--val-split', '', '--no-epoch-seeds']
-    whole = train(timm_scripts, face_folder, tmp_path, 'whole', *flags)
-    resumed = train(timm_scripts, face_folder, tmp_path, 'resumed', *flags, '--resume', whole / 'checkpoint-0.pth.tar')
-    with pytest.raises(AssertionError, match=r'state_dict'):
-        assert_same_end(whole, resumed, keys=['state_dict'])
 
 
 def test_kill_in_mid_epoch_loses_nothing_but_the_epoch(timm_scripts, face_folder, tmp_path):
@@ -131,10 +84,8 @@ def update_ema(self, step):
 ClassificationTask.update_ema = update_ema
 ''')
     flags = ['--epochs', '2', '-j', '2', '--mixup', '0.2', '--drop', '0.3']
-    args = [*BASE, *flags, '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt',
-            '--output', tmp_path, '--experiment', 'killed']
-    killed = subprocess.run([sys.executable, '-m', 'timm_lfnsb', 'run', *map(str, [script, *args])],
-                            capture_output=True, text=True, env=environment())
+    killed = python('-m', 'timm_lfnsb', 'run', script, *BASE, *flags, '--data-dir', face_folder, '--class-map',
+                    face_folder / 'class_map.txt', '--output', tmp_path, '--experiment', 'killed')
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert 'Train: 1 [   0/4' in killed.stderr
     last = tmp_path / 'killed' / 'last.pth.tar'
@@ -147,3 +98,59 @@ ClassificationTask.update_ema = update_ema
     assert best[0]['epoch'] == best[1]['epoch'] and best[0]['metric'] == best[1]['metric']
     names = [sorted(path.name for path in run.iterdir()) for run in (whole, resumed)]
     assert names[0] == names[1]
+
+
+def test_two_processes_with_class_balance(timm_scripts, face_folder, tmp_path):
+    """torchrun with two gloo processes on the CPU: both ranks end with equal centers."""
+    # timm's script, in which each rank leaves its centers in a file before it ends.
+    script = tmp_path / 'ddp_train.py'
+    script.write_text(f'''
+import gc, os
+import torch
+exec(compile(open({str(timm_scripts / 'train.py')!r}).read(), 'train.py', 'exec'))
+_destroy = torch.distributed.destroy_process_group
+def destroy_process_group():
+    from timm_lfnsb import CosineHarmonyLoss
+    trained, = (m for m in gc.get_objects() if type(m) is CosineHarmonyLoss and m.training)
+    torch.save(trained.centers.detach(), os.environ['PROBE'] + os.environ['RANK'])
+    _destroy()
+torch.distributed.destroy_process_group = destroy_process_group
+''')
+    shutil.copytree(face_folder, tmp_path / 'faces')
+    for path in (tmp_path / 'faces' / 'train' / 'anger').glob('*[1-5].png'):
+        path.unlink()
+    result = python(
+        *TORCHRUN, script, *BASE, '--model', 'lfnsb', '--model-ema', '--balance-power', '1', '--data-dir',
+        tmp_path / 'faces', '--epochs', '1', '--output', tmp_path, '--experiment', 'ddp', '--val-split', '',
+        PROBE=str(tmp_path / 'rank'))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count('anger 1 -> 5, happiness 6 -> 5, neutral 6 -> 5, sadness 6 -> 5') == 1
+    assert yaml.safe_load((tmp_path / 'ddp' / 'args.yaml').read_text())['balance_power'] == 1.0
+    first, second = (torch.load(f'{tmp_path}/rank{rank}', weights_only=True) for rank in (0, 1))
+    # Ranks draw their random start with different seeds, so equality is the work of DDP.
+    assert torch.equal(first, second)
+    assert torch.equal(first, load(tmp_path / 'ddp' / 'last.pth.tar')['task_state']['cosine_harmony']['centers'])
+
+
+@pytest.mark.slow
+def test_two_processes_accumulate_and_resume(timm_scripts, face_folder, tmp_path):
+    """DDP on gloo with accumulation, mixup and EMA: resumed equals whole, as in one process."""
+    def ddp(experiment: str, *flags: object) -> Path:
+        result = python(
+            *TORCHRUN, timm_scripts / 'train.py', *BASE, *RANDOM, '-j', '1', '-b', '4', '--grad-accum-steps', '2',
+            '--epochs', '2', '--data-dir', face_folder, '--output', tmp_path, '--experiment', experiment, *flags)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return tmp_path / experiment
+    whole = ddp('whole')
+    assert_same_end(whole, ddp('resumed', '--resume', whole / 'checkpoint-0.pth.tar'))
+
+
+def test_without_the_launcher(timm_scripts, face_folder, tmp_path):
+    """Registration alone is enough: `train.py --device-modules timm_lfnsb`."""
+    data = ['--model', 'lfnsb', '--num-classes', '4', '--img-size', '32', '--device', 'cpu', '--data-dir', face_folder]
+    result = python(timm_scripts / 'train.py', *data, '-j', '1', '-b', '24', '--epochs', '1', '--val-split', '',
+                    '--device-modules', 'timm_lfnsb', '--output', tmp_path, '--experiment', 'plain')
+    assert result.returncode == 0, result.stderr[-3000:]
+    validated = launch(timm_scripts / 'validate.py', *data, '--class-map', face_folder / 'class_map.txt', '--workers',
+                       '1', '--checkpoint', tmp_path / 'plain' / 'last.pth.tar')
+    assert validated.exit_code == 0 and '"top1"' in validated.output

@@ -1,19 +1,18 @@
 """All randomness of an epoch follows from seed and epoch."""
 from __future__ import annotations
 
-import argparse
+import pickle
+import random
 
+import numpy as np
 import pytest
-import timm.utils
 import torch
-from support.train_script import CPU, STANDIN, patched
+from support.train_script import CPU, STANDIN, standin
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch.utils.data import Dataset
 
-from timm_lfnsb.train.balance import BalancedDataset
-from timm_lfnsb.train.checkpoints import SafeSaver, summarize
-from timm_lfnsb.train.launch import extend_train_script, load_module, run_script
-from timm_lfnsb.train.seeds import SeededDataset, mix_seed, seed_epoch
+from timm_lfnsb.train.datasets import BalancedDataset, SeededDataset, mix_seed, seed_epoch
+from timm_lfnsb.train.launch import extend_train_script, load_module
 
 
 class Noise(Dataset):
@@ -25,13 +24,14 @@ class Noise(Dataset):
         return 12
 
     def __getitem__(self, index: int):
-        import random
-
-        import numpy as np
         return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()]).view(4, 1, 1), 0
 
 
-def draws(loader, epochs, seed=0, rank=0) -> dict[int, torch.Tensor]:
+def draws(num_workers: int, epochs, seed: int = 0, rank: int = 0) -> dict[int, torch.Tensor]:
+    """What a loader gives in each epoch, and the number after it."""
+    loader = create_loader(
+        SeededDataset(Noise(), seed, rank), (4, 1, 1), 3, is_training=True, num_workers=num_workers,
+        use_prefetcher=False, device=CPU)
     seen = {}
     for epoch in epochs:
         seed_epoch(loader, seed, epoch, rank)
@@ -40,22 +40,15 @@ def draws(loader, epochs, seed=0, rank=0) -> dict[int, torch.Tensor]:
     return seen
 
 
-def noise_loader(num_workers: int, seed: int = 0, rank: int = 0, **kwargs):
-    return create_loader(
-        SeededDataset(Noise(), seed, rank), (4, 1, 1), 3, is_training=True, num_workers=num_workers,
-        use_prefetcher=False, device=CPU, **kwargs)
-
-
-@pytest.mark.parametrize('num_workers', [0, 1, 2])
+@pytest.mark.parametrize('num_workers', [0, 2])
 def test_all_draws_of_an_epoch_depend_on_seed_and_epoch_alone(num_workers):
     """Also of workers that live on, and of this process after the loader is through."""
-    whole = draws(noise_loader(num_workers), [0, 1, 2])
+    whole = draws(num_workers, [0, 1, 2])
     torch.manual_seed(99)
-    resumed = draws(noise_loader(num_workers), [2])
-    assert torch.equal(whole[2], resumed[2])
+    assert torch.equal(whole[2], draws(num_workers, [2])[2])
     assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[1], whole[2])
-    assert not torch.equal(draws(noise_loader(num_workers, seed=1), [0], seed=1)[0], whole[0])
-    assert not torch.equal(draws(noise_loader(num_workers, rank=1), [0], rank=1)[0][1::4], whole[0][1::4])
+    assert not torch.equal(draws(num_workers, [0], seed=1)[0], whole[0])
+    assert not torch.equal(draws(num_workers, [0], rank=1)[0][1::4], whole[0][1::4])
     # No two images of an epoch share their random numbers, nor do two workers.
     numbers = whole[0][:-1].view(-1, 4)[:, 1]
     assert numbers.unique().numel() == len(numbers)
@@ -69,7 +62,6 @@ def test_seeds_do_not_collide_as_sums_would():
 
 
 def test_the_seeded_dataset_is_the_dataset_it_wraps(face_folder):
-    import pickle
     plain = create_dataset('', root=str(face_folder), split='train', is_training=True)
     dataset = SeededDataset(plain, 3)
     dataset.transform = len
@@ -79,17 +71,15 @@ def test_the_seeded_dataset_is_the_dataset_it_wraps(face_folder):
     assert len(pickle.loads(pickle.dumps(dataset))) == 24  # for workers that are spawned
 
 
-def test_mixup_off_reaches_the_workers(tmp_path, face_folder):
+def test_mixup_off_reaches_the_workers(face_folder):
     """timm switches its mixup off in a copy that worker processes which live on never see."""
-    module = argparse.Namespace(**vars(load_module(STANDIN)), create_loader=create_loader)
-    collate = FastCollateMixup(mixup_alpha=1., num_classes=4, label_smoothing=0.)
-    dataset = create_dataset('', root=str(face_folder), split='train', is_training=True)
-    module.parser = argparse.ArgumentParser()
+    module = load_module(STANDIN)
     module.parser.add_argument('--mixup-off-epoch', type=int, default=0)
     extend_train_script(module)
     module.parser.parse_args(['--mixup-off-epoch', '1'])
     loader = module.create_loader(
-        dataset, (3, 32, 32), 6, is_training=True, num_workers=1, collate_fn=collate, device=CPU)
+        create_dataset('', root=str(face_folder), split='train', is_training=True), (3, 32, 32), 6, is_training=True,
+        num_workers=1, collate_fn=FastCollateMixup(mixup_alpha=1., num_classes=4, label_smoothing=0.), device=CPU)
     mixed = []
     for enabled in (True, False):
         loader.mixup_enabled = enabled
@@ -97,26 +87,7 @@ def test_mixup_off_reaches_the_workers(tmp_path, face_folder):
     assert mixed == [True, False]
 
 
-def test_a_script_that_imports_the_saver_by_name_gets_ours():
-    from timm.utils import CheckpointSaver, update_summary
-    module = argparse.Namespace(parser=argparse.ArgumentParser(), CheckpointSaver=CheckpointSaver, utils=timm.utils)
-    extend_train_script(module)
-    module.parser.parse_args([])
-    assert module.CheckpointSaver is module.utils.CheckpointSaver is SafeSaver
-    assert module.utils.update_summary is summarize and module.utils.random_seed is timm.utils.random_seed
-    assert timm.utils.CheckpointSaver is CheckpointSaver and timm.utils.update_summary is update_summary
-
-
 @pytest.mark.parametrize('flag, word', [('--use-multi-epochs-loader', 'reads ahead'), ('--naflex-loader', 'NaFlex')])
 def test_loaders_that_cannot_be_seeded_are_warned_of(flag, word, tmp_path, caplog):
-    with patched():
-        run_script(str(STANDIN), ['--output', str(tmp_path), flag])
+    standin(tmp_path, flag)
     assert word in caplog.text and 'resumed' in caplog.text
-
-
-def test_a_script_without_the_usual_epoch_is_warned_of(tmp_path, caplog):
-    script = tmp_path / 'old_train.py'
-    script.write_text(STANDIN.read_text().replace('def train_one_epoch(', 'def train_epoch('))
-    with patched():
-        run_script(str(script), ['--output', str(tmp_path)])
-    assert 'no create_dataset or train_one_epoch' in caplog.text and 'goes unnoticed' in caplog.text
