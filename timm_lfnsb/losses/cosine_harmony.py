@@ -21,18 +21,14 @@ def adjusted_cosine_distance(features: torch.Tensor, centers: torch.Tensor) -> t
 
     It does not change when a feature is scaled or shifted. A constant vector has no direction: its distance is 1.
 
-    Args:
-        features: (N, D).
-        centers: (C, D).
-
     Returns:
-        Distances (N, C) in [0, 2].
+        Distances (N, C) in [0, 2] of features (N, D) from centers (C, D).
     """
-    features = features - features.mean(dim=1, keepdim=True)
-    centers = centers - centers.mean(dim=1, keepdim=True)
-    features = features / (features.square().sum(dim=1, keepdim=True) + _EPS_NORM ** 2).sqrt()
-    centers = centers / (centers.square().sum(dim=1, keepdim=True) + _EPS_NORM ** 2).sqrt()
-    return 1 - features @ centers.t()
+    def direction(vectors: torch.Tensor) -> torch.Tensor:
+        vectors = vectors - vectors.mean(dim=1, keepdim=True)
+        return vectors / (vectors.square().sum(dim=1, keepdim=True) + _EPS_NORM ** 2).sqrt()
+
+    return 1 - direction(features) @ direction(centers).t()
 
 
 class CosineHarmonyLoss(nn.Module):
@@ -53,42 +49,33 @@ class CosineHarmonyLoss(nn.Module):
     * ``'paper'``: alpha * intra / var + (1 - alpha) * inter. Equation (6) as printed; minimising it pulls features
       toward wrong centers. var is biased.
 
-    The last two drive the features of all classes into one direction, which is opposite to all centers, their own too
+    The last two drive the features of all classes into one direction: opposite to all centers, their own too
     ('intended': the pull to it is divided by the variance, which grows meanwhile), or that of all centers ('paper').
-    With 'reference' nothing drives classes together, and centers that begin nearly orthogonal keep them apart; nothing
-    but the classification loss would hold learned centers apart, though.
-
-    A batch of one has no variance: its intra-class term is not divided.
+    With 'reference' centers that begin nearly orthogonal keep classes apart; nothing but the classification loss holds
+    learned centers apart, though. A batch of one has no variance: its intra-class term is not divided.
 
     Args:
         num_classes: Number of classes C, at least 2.
         feat_dim: Size of a feature D, at least 2.
         alpha: Balance of the two terms, in [0, 1].
         variant: One of the above.
-        learn_centers: Centers are a parameter; else a buffer with the random values they start from, as in the
-            authors' scripts, where the optimizer never sees them.
+        learn_centers: Centers are a parameter; else a buffer that keeps its random values, as in the authors' scripts.
 
     Shape:
-        features (N, D), any floating type (computed in float32 at least); target (N,) class indices, or (N, C)
-        probabilities as mixup or label votes make them. Returns a scalar.
+        features (N, D), computed in float32 at least; target (N,) class indices, or (N, C) probabilities as mixup makes
+        them. Returns a scalar.
 
     Raises:
         ValueError: On settings out of range, on shapes that do not fit, on a class index out of range.
     """
 
     def __init__(
-            self,
-            num_classes: int,
-            feat_dim: int,
-            alpha: float = 0.1,
-            variant: str = 'reference',
-            learn_centers: bool = True,
-    ):
+            self, num_classes: int, feat_dim: int, alpha: float = 0.1, variant: str = 'reference',
+            learn_centers: bool = True):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f'CosineHarmonyLoss needs at least 2 classes, got num_classes={num_classes}.')
-        if feat_dim < 2:
-            raise ValueError(f'CosineHarmonyLoss needs features of at least 2 values, got feat_dim={feat_dim}.')
+        for count, what in ((num_classes, 'classes'), (feat_dim, 'values of a feature')):
+            if count < 2:
+                raise ValueError(f'CosineHarmonyLoss needs at least 2 {what}, got {count}.')
         if not 0 <= alpha <= 1:
             raise ValueError(f'CosineHarmonyLoss needs alpha in [0, 1], got {alpha}.')
         if variant not in VARIANTS:
@@ -104,24 +91,20 @@ class CosineHarmonyLoss(nn.Module):
             self.register_buffer('centers', centers)
 
     def extra_repr(self) -> str:
-        learned = isinstance(self.centers, nn.Parameter)
         return (f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, alpha={self.alpha}, '
-                f'variant={self.variant!r}, learn_centers={learned}')
+                f'variant={self.variant!r}, learn_centers={isinstance(self.centers, nn.Parameter)}')
 
     def _target_probabilities(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if features.ndim != 2 or features.shape[1] != self.feat_dim or features.shape[0] == 0:
             raise ValueError(
                 f'CosineHarmonyLoss expects features of shape (N, {self.feat_dim}), got {tuple(features.shape)}.')
-        num_samples = features.shape[0]
-        if target.is_floating_point():
-            if target.shape != (num_samples, self.num_classes):
-                raise ValueError(
-                    f'CosineHarmonyLoss expects soft targets of shape ({num_samples}, {self.num_classes}), '
-                    f'got {tuple(target.shape)}.')
+        soft = target.is_floating_point()
+        expected = (features.shape[0], self.num_classes) if soft else (features.shape[0],)
+        if target.shape != expected:
+            kind = f'soft targets of shape {expected}' if soft else f'{features.shape[0]} class indices'
+            raise ValueError(f'CosineHarmonyLoss expects {kind}, got a target of shape {tuple(target.shape)}.')
+        if soft:
             return target.to(features.dtype)
-        if target.shape != (num_samples,):
-            raise ValueError(
-                f'CosineHarmonyLoss expects {num_samples} class indices, got a target of shape {tuple(target.shape)}.')
         # Reading values would break the graph of torch.compile.
         if not torch.compiler.is_compiling():
             low, high = int(target.min()), int(target.max())

@@ -16,10 +16,7 @@ class LogitAdjustment(nn.Module):
 
     The network that minimises it answers as if all classes were equally frequent for tau 1; with smaller tau it lies
     between that and plain training. In use nothing is added: the prior is part of the training loss alone.
-
-    Args:
-        criterion: Loss of logits (N, C) and targets.
-        adjustment: What is added to the logits (C,), see `prior_logits`.
+    `criterion` is a loss of logits (N, C) and targets, `adjustment` (C,) is what `prior_logits` returns.
     """
 
     adjustment: torch.Tensor
@@ -30,5 +27,4 @@ class LogitAdjustment(nn.Module):
         self.register_buffer('adjustment', adjustment, persistent=False)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss (scalar) of logits (N, C) and targets, (N,) or (N, C)."""
         return self.criterion(logits.float() + self.adjustment, target)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import pickle
@@ -22,9 +21,6 @@ from .options import rank
 
 _logger = logging.getLogger(__name__)
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of a full or failing disk, as opposed to those of wrong paths."""
-
 
 def find_checkpoint(run: Path) -> Path:
     """The checkpoint to pack: the file itself, or a run folder's best one.
@@ -35,8 +31,8 @@ def find_checkpoint(run: Path) -> Path:
     for path in (run, run / 'model_best.pth.tar', run / 'last.pth.tar'):
         if path.is_file():
             return path
-    what = 'has neither model_best.pth.tar nor last.pth.tar' if run.is_dir() else 'does not exist'
-    raise UserError(f'{run} {what}: give the folder of a run of train.py, or one of its checkpoints.')
+    raise UserError(f'{run} {"has neither model_best.pth.tar nor last.pth.tar" if run.is_dir() else "does not exist"}: '
+                    'give the folder of a run of train.py, or one of its checkpoints.')
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -58,9 +54,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def run_label_names(args: argparse.Namespace) -> list[str] | None:
-    """Label names in the order a run trained them: its class map's, else its data folders' as train.py indexed them.
-
-    None where neither is there any more.
+    """Label names in the order a run trained them: its class map's, else its data folders', None without them.
 
     Raises:
         UserError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
@@ -96,22 +90,16 @@ def load_centers(task: Any, options: argparse.Namespace) -> None:
         return
     state = checkpoint.get('task_state_ema') or checkpoint.get('task_state') or {}
     centers = state.get('cosine_harmony', {}).get('centers')
-    if centers is None:
-        return
     same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
-    if same and centers.shape == task.centers.shape:
+    if centers is not None and same and centers.shape == task.centers.shape:
         task.load_task_state(state)
         _logger.info(f'The centers go on from {path}.')
-    else:
+    elif centers is not None:
         _logger.warning(f'The centers of {path} are of other classes or features: they start anew.')
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Refuse an output folder that cannot be made or written, and a checkpoint to resume from that is not there.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse an output folder that cannot be made or written, and a checkpoint to resume from that is not there."""
     resume = getattr(options, 'resume', None)
     if resume and not Path(resume).is_file():
         raise UserError(f'--resume {resume} is not a file: give a checkpoint of the run, such as last.pth.tar.')
@@ -142,18 +130,14 @@ class SafeSaver(CheckpointSaver):
     * `last` and `model_best` are always whole: a new one takes the place of the old in one step.
     * A run that is resumed in its own folder goes on from its best epoch; without that, the first epoch after the
       restart would become `model_best`.
-
-    Raises:
-        UserError: When a checkpoint cannot be written.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.folder = Path(self.checkpoint_dir)
         resume = getattr(self.args, 'resume', None)
-        # Releases of timm before 1.0.31 keep no history.
-        if resume and hasattr(self, 'load_state_dict_from_checkpoint') \
-                and Path(resume).resolve().parent == self.folder.resolve():
+        own = resume and Path(resume).resolve().parent == self.folder.resolve()
+        if own and hasattr(self, 'load_state_dict_from_checkpoint'):  # not in releases of timm before 1.0.31
             self.load_state_dict_from_checkpoint(resume)
 
     @contextmanager
@@ -171,7 +155,7 @@ class SafeSaver(CheckpointSaver):
         except (OSError, RuntimeError) as error:
             for name in ('tmp', 'recovery_tmp'):
                 with suppress(OSError):
-                    Path(self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
+                    (self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
             reason = (getattr(error, 'strerror', None) or str(error)).splitlines()[0]
             raise UserError(f'the checkpoint of epoch {epoch} cannot be written to {self.folder} ({reason}): free some '
                             f'space; {advice}.') from None

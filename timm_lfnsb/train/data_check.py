@@ -22,20 +22,16 @@ _logger = logging.getLogger(__name__)
 
 
 def check_class_folders(options: argparse.Namespace) -> None:
-    """Refuse a validation split that is not there, and folders whose images timm would drop or misnumber silently.
+    """Refuse folders whose images timm would drop or misnumber without a word, and a validation split that is missing.
 
-    With a class map these are folders that it does not name. Without one, folders are numbered by name in each split
-    for itself: refuse splits whose numbers differ.
-
-    Raises:
-        UserError: With both lists.
+    With a class map these are folders that it does not name; without one, timm numbers those of each split for itself.
     """
     data_dir = Path(getattr(options, 'data_dir', None) or '')
     if getattr(options, 'dataset', '') or data_dir == Path() or not data_dir.exists() or rank() != 0:
         return
     check_splits(options, data_dir)
-    splits = [split for name in ('train_split', 'val_split') if (split := getattr(options, name, ''))]
-    found = [split_folders(options, split) for split in splits]
+    found = [split_folders(options, split) for name in ('train_split', 'val_split')
+             if (split := getattr(options, name, ''))]
     if getattr(options, 'class_map', ''):
         for root, folders in found:
             check_class_map(options, root, folders)
@@ -85,49 +81,38 @@ def check_class_map(options: argparse.Namespace, root: str, folders: Sequence[st
         raise UserError(f'--class-map {class_map} cannot be read ({error}).') from None
     skipped = getattr(options, 'skip_folders', None) or []
     skipped = [skipped] if isinstance(skipped, str) else skipped  # one name in YAML
-    synonyms = {canonical_name(name): name for name in classes}
-    unknown = []
-    for name in folders:
-        # Hidden folders and __MACOSX are what file managers leave behind: nobody misses their images.
-        if name not in classes and name not in skipped and not name.startswith(('.', '__')):
-            same = synonyms.get(canonical_name(name))
-            unknown.append((name or '(no folder)') + (f' (which the class map calls {same})' if same else ''))
+    # Hidden folders and __MACOSX are what file managers leave behind: nobody misses their images.
+    unknown = [name for name in folders
+               if name not in classes and name not in skipped and not name.startswith(('.', '__'))]
     if unknown:
+        synonyms = {canonical_name(name): f' (which the class map calls {name})' for name in classes}
+        named = [(name or '(no folder)') + synonyms.get(canonical_name(name), '') for name in unknown]
         raise UserError(
             f"{root} has folders that the class map does not name, and timm would leave their images out: "
-            f"{', '.join(unknown)} (folders: {', '.join(sorted(folders))}; class map {class_map}: "
+            f"{', '.join(named)} (folders: {', '.join(sorted(folders))}; class map {class_map}: "
             f"{', '.join(map(str, classes))}): make a folder with these names by `timm-lfnsb prepare folder "
             f"{options.data_dir} TARGET`, rename them, or name what is to be left out with --skip-folders.")
-    num_classes = getattr(options, 'num_classes', None)
     high = max((classes[name] for name in folders if name in classes), default=0)
-    if num_classes and high >= num_classes:
+    if high >= (getattr(options, 'num_classes', None) or high + 1):
         raise UserError(f'{class_map} numbers the folders of {root} up to {high}, counted from 0, but --num-classes is '
-                        f'{num_classes}.')
+                        f'{options.num_classes}.')
 
 
 def start_label_names(options: argparse.Namespace) -> tuple[str, Sequence[str] | None, bool]:
-    """What the weights that a run of train.py starts from know about their classes, without loading them.
-
-    Returns:
-        The option and value that name the weights, their label names (None where nothing tells them, also for the Hub:
-        nothing is fetched), and whether train.py keeps their classifier.
-    """
-    def value(name: str) -> str:
-        return getattr(options, name, None) or ''
-
-    checkpoint, path, model = value('initial_checkpoint'), value('pretrained_path'), value('model')
+    """Weights a run starts from: option and value, label names if known, whether train.py keeps their classifier."""
+    checkpoint, path, model, classes = (getattr(options, name, None) or '' for name in (
+        'initial_checkpoint', 'pretrained_path', 'model', 'num_classes'))
     if checkpoint:
         return f'--initial-checkpoint {checkpoint}', folder_label_names(Path(checkpoint).parent), True
     if path:  # train.py always gives these a new classifier
         return f'--pretrained-path {path}', folder_label_names(Path(path).parent), False
     names: Sequence[str] | None = None
-    source, is_prefixed, name = model.partition(':')
-    if value('pretrained') and not is_prefixed:
+    if getattr(options, 'pretrained', False) and model.startswith('local-dir:'):
+        names = folder_label_names(Path(model.removeprefix('local-dir:')))
+    elif getattr(options, 'pretrained', False) and ':' not in model:  # nothing is fetched from the Hub
         cfg = timm.models.get_pretrained_cfg(model)
         names = cfg.label_names if cfg else None
-    elif value('pretrained') and source == 'local-dir':
-        names = folder_label_names(Path(name))
-    return f'--model {model}', names, names is not None and value('num_classes') in ('', len(names))
+    return f'--model {model}', names, names is not None and classes in ('', len(names))
 
 
 def folder_label_names(folder: Path) -> Sequence[str] | None:
@@ -157,16 +142,14 @@ def warn_of_other_labels(options: argparse.Namespace) -> None:
     old_keys, new_keys = [canonical_name(name) for name in old], [canonical_name(name) for name in new]
     if old_keys == new_keys:
         return
+    remedy = 'Rename the classes if they only differ in spelling, or leave the weights out'
+    if sorted(old_keys) == sorted(new_keys):
+        ordered = [new[new_keys.index(key)] for key in old_keys]
+        remedy = f"Give --class-map a file with the lines {', '.join(ordered)}"
+    advice = (f'The classifier is kept by position, so classes start out as other ones. {remedy}, or start the '
+              'classifier anew with --head-init-scale 0.')
     if not keeps_classifier:
         advice = 'train.py gives the model a new classifier, so nothing is mixed up, but that part starts untrained.'
-    else:
-        advice = 'The classifier is kept by position, so classes start out as other ones. '
-        if sorted(old_keys) == sorted(new_keys):
-            ordered = [new[new_keys.index(key)] for key in old_keys]
-            advice += f"Give --class-map a file with the lines {', '.join(ordered)}, "
-        else:
-            advice += 'Rename the classes if they only differ in spelling, or leave the weights out, '
-        advice += 'or start the classifier anew with --head-init-scale 0.'
     class_map = getattr(options, 'class_map', '') or 'folder names in alphabetical order'
     _logger.warning(
         'The weights this run starts from have other classes, or the same in another order.\n'

@@ -96,10 +96,6 @@ class BalancedDataset(DatasetWrapper):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[int(self.indices[index])]
 
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """File name of an image of this epoch, as timm's own datasets give it."""
-        return self.dataset.filename(int(self.indices[index]), basename, absolute)
-
 
 class SeededDataset(DatasetWrapper):
     """Training set that seeds each worker process anew in each epoch, by seed, epoch, rank and worker number."""

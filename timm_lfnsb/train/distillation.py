@@ -21,21 +21,16 @@ class TeacherEnsemble(DistillationTeacher):
     Args:
         teachers: Networks in eval mode with their weights and `label_names`.
         label_names: The run's label names; each teacher's outputs are put into this order by name.
-        adjustment: Logits (C,) to take off the teachers' answer, as `LogitAdjustment` adds them in the student's loss.
-        device: Where the teachers run, in `dtype` (None for float32).
+        adjustment: Logits (C,) to take off their answer, as `LogitAdjustment` adds them in the student's loss.
+        device: Where they run, in `dtype` (None for float32).
 
     Raises:
         UserError: When a teacher has no label names, or others than the run.
     """
 
     def __init__(
-            self,
-            teachers: Sequence[nn.Module],
-            label_names: Sequence[str],
-            adjustment: torch.Tensor | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-    ):
+            self, teachers: Sequence[nn.Module], label_names: Sequence[str], adjustment: torch.Tensor | None = None,
+            device: torch.device | None = None, dtype: torch.dtype | None = None):
         nn.Module.__init__(self)
         self.training = False
         self.orders = [output_order(teacher, label_names) for teacher in teachers]
@@ -43,8 +38,7 @@ class TeacherEnsemble(DistillationTeacher):
         self.teachers = nn.ModuleList(
             DistillationTeacher(teacher.to(device=device, dtype=dtype), device=device, dtype=dtype)
             for teacher in teachers).requires_grad_(False)
-        self.register_buffer(
-            'adjustment', None if adjustment is None else adjustment.to(device), persistent=False)
+        self.register_buffer('adjustment', None if adjustment is None else adjustment.to(device), persistent=False)
 
     def train(self, mode: bool = True) -> TeacherEnsemble:
         return super().train(False)  # a teacher does not learn
@@ -87,24 +81,18 @@ def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
-def load_teachers(names: str, in_chans: int, *args: Any) -> TeacherEnsemble:
-    """The teachers that --kd-model-name lists.
-
-    Args:
-        names: Names as `load_model` takes them, separated by commas.
-        in_chans: Channels of the student's input.
-        *args: Further arguments of `TeacherEnsemble`.
-
-    Raises:
-        UserError: When one cannot be loaded, or does not fit the run.
-    """
+def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
+    """The teachers that --kd-model-name lists, separated by commas; `args` are further ones of `TeacherEnsemble`."""
+    if label_names is None:
+        raise UserError("--kd-model-name: the labels of the run are not known, to be matched with the teacher's: train "
+                        'on a folder of images, or give a --class-map.')
     teachers = []
     for name in names.split(','):
         teacher = load_model(name.strip(), inference=True)
         if teacher.pretrained_cfg['input_size'][0] != in_chans:
             raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
         teachers.append(teacher)
-    return TeacherEnsemble(teachers, *args)
+    return TeacherEnsemble(teachers, label_names, *args)
 
 
 class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):

@@ -83,10 +83,9 @@ def embedded_runs(infos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for info in infos:
         for i, run in enumerate(info['runs'], 1):
             name = f"{info['model']}, {i} of {len(info['runs'])}"
-            for other in runs:
-                if other['settings'] == run['settings'] and other['curve'] == run['curve']:
-                    other['name'] += f'; {name}'
-                    break
+            same = [other for other in runs if all(other[key] == run[key] for key in ('settings', 'curve'))]
+            if same:
+                same[0]['name'] += f'; {name}'
             else:
                 runs.append({**find_recipe(run['settings']), **run, 'name': name})
     return runs

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import inspect
 import os
@@ -18,10 +19,10 @@ from timm.task import TrainingTask
 
 from ..errors import UserError
 from ..losses.logit_adjustment import LogitAdjustment, prior_logits
-from .checkpoints import DISK_ERRORS, SafeSaver, check_output, load_centers, run_label_names, summarize
+from .checkpoints import SafeSaver, check_output, load_centers, run_label_names, summarize
 from .data_check import check_class_folders, warn_of_other_labels
 from .datasets import BalancedDataset, SeededDataset, folder_targets, seed_epoch
-from .distillation import CosineHarmonyDistillationTask, TeacherEnsemble, load_teachers
+from .distillation import CosineHarmonyDistillationTask, load_teachers
 from .options import add_options, check_options, distils, rank, resolve_epoch_seeds, resolve_paths, resolve_recipe, warn
 from .photo_look import PhotoLook, prepend_transform
 from .task import CosineHarmonyTask
@@ -52,8 +53,7 @@ def run_script(script: str, args: Sequence[str]) -> None:
     A script whose name contains 'train' gets the options of this package; every other script runs as it is.
 
     Raises:
-        UserError: When the script is missing, cannot do what the options ask, or has to stop: a loss that is not
-            finite, a full disk.
+        UserError: When the script is missing, cannot do what the options ask, or has to stop.
     """
     path = find_script(script)
     sys.argv = [str(path), *args]
@@ -69,7 +69,8 @@ def run_script(script: str, args: Sequence[str]) -> None:
     try:
         module.main()
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        # Of a full or failing disk, as opposed to wrong paths.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             raise
         raise UserError(
             f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): free some space and go on "
@@ -77,11 +78,7 @@ def run_script(script: str, args: Sequence[str]) -> None:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Import a script without starting it.
-
-    Raises:
-        UserError: When it has no main().
-    """
+    """Import a script without starting it."""
     name = f'timm_script_{path.stem}'
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -96,8 +93,7 @@ def load_module(path: Path) -> ModuleType:
 def extend_train_script(module: Any) -> None:
     """Give a train script our options, and let it build our tasks, datasets and checkpoints where they ask for it.
 
-    The script's contract: `main()` asks a module-level `parser` for the arguments, and looks up in the module's globals
-    what `Hooks` replaces.
+    Its `main()` must ask a module-level `parser` for the arguments, and look up in its globals what `Hooks` replaces.
     """
     add_options(module.parser)
     parse_known_args = module.parser.parse_known_args
@@ -140,14 +136,14 @@ class Hooks:
         else:
             warn('this train script has no train_one_epoch of the usual form: a loss that is not finite goes unnoticed '
                  'until the epoch ends.')
-        harmony = self.options.cosine_harmony
-        if harmony or self.options.logit_adjustment:
-            ours['ClassificationTask'] = self.task_class(
-                CosineHarmonyTask if harmony else self.script['ClassificationTask'])
+        tasks = {name: self.script.get(name) for name in ('ClassificationTask', 'LogitDistillationTask')}
+        if self.options.cosine_harmony:
+            tasks = {'ClassificationTask': CosineHarmonyTask, 'LogitDistillationTask': CosineHarmonyDistillationTask}
+        if self.options.cosine_harmony or self.options.logit_adjustment:
+            ours['ClassificationTask'] = self.task_class(tasks['ClassificationTask'])
             self.guard_tasks()
-        if distils(self.options):
-            ours['LogitDistillationTask'] = self.task_class(
-                CosineHarmonyDistillationTask if harmony else self.script['LogitDistillationTask'])
+        if distils(self.options) and tasks['LogitDistillationTask']:
+            ours['LogitDistillationTask'] = self.task_class(tasks['LogitDistillationTask'])
         return ours
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +199,9 @@ class Hooks:
 
             def __init__(self, *args: Any, criterion: nn.Module | None = None, **kwargs: Any):
                 if 'teacher_model' in kwargs:
-                    kwargs['teacher_model'] = hooks.teachers(**kwargs)
+                    kwargs['teacher_model'] = load_teachers(
+                        kwargs['teacher_model'], kwargs['student_model'].in_chans, run_label_names(options),
+                        hooks.prior, kwargs.get('device'), kwargs.get('dtype'))
                 if options.cosine_harmony:
                     kwargs.update(
                         weight=options.cosine_harmony, alpha=options.cosine_harmony_alpha,
@@ -225,15 +223,6 @@ class Hooks:
         ConfiguredTask.__name__ = base.__name__
         return ConfiguredTask
 
-    def teachers(
-            self, student_model: Any, teacher_model: str, device: Any = None, dtype: Any = None, **_: Any,
-    ) -> TeacherEnsemble:
-        """The teachers for a task of timm with these arguments, in the order of the run's labels."""
-        label_names = run_label_names(self.options)
-        if label_names is None:
-            raise UserError('--kd-model-name: the labels of the run are not known, so they cannot be matched with the '
-                            "teacher's by name: train on a folder of images, or give a --class-map.")
-        return load_teachers(teacher_model, student_model.in_chans, label_names, self.prior, device, dtype)
 
     def guard_tasks(self) -> None:
         """Refuse every task of timm that is made in another way: it would train without the loss and not say so."""

@@ -22,9 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add our options to a train script's parser; what is there is found by YAML keys and in args.yaml, too."""
     group = parser.add_argument_group('Cosine-Harmony loss (timm_lfnsb)')
     group.add_argument('--cosine-harmony', type=float, default=0., metavar='WEIGHT',
-                       help='weight of the Cosine-Harmony loss beside the classification loss, 0 = off (default: 0). '
-                            'Works with --kd-model-name, which takes several teachers here, separated by commas: their '
-                            'probabilities are averaged, and their labels are matched by name')
+                       help='weight of the Cosine-Harmony loss, 0 = off (default: 0). Works with --kd-model-name, '
+                            'which takes several teachers here, separated by commas, and averages their probabilities')
     group.add_argument('--cosine-harmony-alpha', type=float, default=0.1, metavar='ALPHA',
                        help='balance of its two terms, in [0, 1] (default: 0.1)')
     group.add_argument('--cosine-harmony-variant', default='reference', choices=VARIANTS,
@@ -33,38 +32,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        help='keep the random class centers instead of learning them')
     group = parser.add_argument_group('Labels and rare classes (timm_lfnsb)')
     group.add_argument('--label-votes', default='', metavar='FILE',
-                       help="CSV file of crowd votes (a column 'file', and one of counts for each label), also looked "
-                            "for in the data folder: each epoch draws each image's label anew from its votes; an image "
-                            "without any keeps its folder's")
+                       help="CSV file of crowd votes (a column 'file', and one for each label), in the data folder or "
+                            "elsewhere: each epoch draws each image's label anew from its votes, if it has any")
     group.add_argument('--balance-power', type=float, default=0., metavar='POWER',
                        help='draw the images of an epoch with replacement, and a class of n images in proportion to '
-                            'n ** (1 - POWER): 1 = all classes equally often, 0 = off (default: 0). Balanced accuracy '
-                            'usually gains, plain accuracy on imbalanced data may lose')
+                            'n ** (1 - POWER): 1 = all classes equally often, 0 = off (default: 0)')
     group.add_argument('--logit-adjustment', type=float, default=0., metavar='TAU',
-                       help='add TAU x log(share of the class in training) to the logits of the training loss and of '
-                            'teachers, so that rare classes are answered more often: 1 = as if all were equally '
-                            'frequent, 0 = off (default: 0)')
+                       help='add TAU x log(share of the class) to the logits of the training loss, so that rare '
+                            'classes are answered more often: 1 = as if all were as frequent, 0 = off (default: 0)')
     group = parser.add_argument_group('Augmentation (timm_lfnsb)')
     group.add_argument('--photo-look', type=float, nargs='?', const=0.3, default=0., metavar='P',
-                       help="give training images the look of people's photographs before timm's own augmentation: "
-                            'lower resolution, blur, JPEG, gamma, a small tilt and shift, each with probability P '
-                            '(0.3 where none is given; default: 0, off)')
+                       help="give training images the look of people's photographs before timm's own augmentation: low "
+                            'resolution, blur, JPEG, gamma, tilt and shift, each with probability P (default: 0; 0.3 '
+                            'where P is left out)')
     group = parser.add_argument_group('Safe training (timm_lfnsb)')
     group.add_argument('--skip-folders', nargs='+', default=[], metavar='NAME',
                        help='folders of images whose class is left out on purpose; any other folder that the class map '
                             'does not name is refused')
     group.add_argument('--no-epoch-seeds', action='store_true', default=False,
-                       help='draw order, augmentation and so on from one seed at the start of the run, as timm does, '
-                            'and not anew for each epoch from --seed and its number, by which a run that was killed '
-                            'and resumed equals one that was not')
+                       help='draw order, augmentation and so on from one seed at the start, as timm does, and not for '
+                            'each epoch from --seed and its number, by which a resumed run equals an uninterrupted one')
 
 
 def resolve_recipe(args: Sequence[str]) -> list[str]:
-    """Replace the name of a recipe behind --config or -c by the path of its file.
-
-    Raises:
-        UserError: When it is neither a recipe nor a file.
-    """
+    """Replace the name of a recipe behind --config or -c by the path of its file; refuse what is neither."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('-c', '--config', default='')
     options, others = parser.parse_known_args(args)
@@ -78,11 +69,7 @@ def resolve_recipe(args: Sequence[str]) -> list[str]:
 
 
 def resolve_paths(options: argparse.Namespace) -> None:
-    """Give the run absolute paths of class map, data and votes, which its checkpoints keep and `pack` reads.
-
-    Raises:
-        UserError: When the file of votes is missing.
-    """
+    """Give the run absolute paths of class map, data and votes, which its checkpoints keep and `pack` reads."""
     class_map = getattr(options, 'class_map', None)
     if class_map:
         path = Path(class_map) if Path(class_map).is_file() else class_map_path(class_map)
@@ -93,35 +80,28 @@ def resolve_paths(options: argparse.Namespace) -> None:
         options.data_dir = str(Path(data_dir).resolve())
     if options.label_votes:
         places = [Path(options.label_votes), Path(data_dir or '', options.label_votes)]
-        found = next((path for path in places if path.is_file()), None)
-        if found is None:
+        found = [str(path.resolve()) for path in places if path.is_file()]
+        if not found:
             raise UserError(
                 f'--label-votes {options.label_votes} is not a file, nor is it in the data folder {data_dir}: '
                 '`timm-lfnsb prepare ferplus` writes votes.csv; leave the option out to train with the folders alone.')
-        options.label_votes = str(found.resolve())
+        options.label_votes = found[0]
 
 
 def distils(options: argparse.Namespace) -> bool:
-    """Whether teachers are ours to load: several, some whose labels are known, or some beside our losses.
-
-    A single teacher of timm without label names, and nothing of ours beside it, is left to timm.
-    """
+    """Whether teachers are ours to load: not so a single one without label names, beside nothing of ours."""
     names = getattr(options, 'kd_model_name', None) or ''
-    if not names:
-        return False
+    if not names or options.cosine_harmony or options.logit_adjustment or ':' in names or ',' in names:
+        return bool(names)
     try:
-        cfg = get_pretrained_cfg(names) if ':' not in names and ',' not in names else None
+        cfg = get_pretrained_cfg(names)
     except RuntimeError:  # a tag that is not there; loading it says so
         cfg = None
-    return bool(cfg is None or cfg.label_names or options.cosine_harmony or options.logit_adjustment)
+    return cfg is None or bool(cfg.label_names)
 
 
 def check_options(options: argparse.Namespace, script: dict[str, Any]) -> None:
-    """Refuse what cannot work in a script with these globals, or not together; some releases lack some options.
-
-    Raises:
-        UserError: With the option to change.
-    """
+    """Refuse what cannot work in a script with these globals, or not together; some releases lack some options."""
     def value(name: str) -> Any:
         return getattr(options, name, None)
 
@@ -137,25 +117,21 @@ def check_options(options: argparse.Namespace, script: dict[str, Any]) -> None:
         'the NaFlex loader (--naflex-loader)': value('naflex_loader'),
         'augmentation splits (--aug-splits, --jsd-loss)': value('aug_splits') or value('jsd_loss'),
     }
-    reads_ahead = {'--use-multi-epochs-loader (it reads ahead of the draw)': value('use_multi_epochs_loader')}
-    one_label = {
-        'multi-label training': value('multilabel') or value('multi_label')
-        or value('task') not in (None, '', 'classification'),
-        '--torchscript (use --torchcompile)': value('torchscript'),
-    }
+    drawn = {**whole_images,
+             '--use-multi-epochs-loader (it reads ahead of the draw)': value('use_multi_epochs_loader')}
+    multi_label = value('multilabel') or value('multi_label') or value('task') not in (None, '', 'classification')
+    one_label = {'multi-label training': multi_label, '--torchscript (use --torchcompile)': value('torchscript')}
     bce = {'--bce-loss (it has no softmax to adjust)': value('bce_loss')}
     for name, needs, conflicts in (
-            ('cosine_harmony', ['ClassificationTask'], {**one_label, **whole_images}),
-            ('logit_adjustment', ['ClassificationTask', 'create_dataset'],
-             {**one_label, **bce, **whole_images, **reads_ahead}),
-            ('balance_power', ['create_dataset'], {**whole_images, **reads_ahead}),
-            ('label_votes', ['create_dataset'], {**whole_images, **reads_ahead}),
-            ('photo_look', [], whole_images)):
+            ('cosine_harmony', {'ClassificationTask'}, {**one_label, **whole_images}),
+            ('logit_adjustment', {'ClassificationTask', 'create_dataset'}, {**one_label, **bce, **drawn}),
+            ('balance_power', {'create_dataset'}, drawn),
+            ('label_votes', {'create_dataset'}, drawn),
+            ('photo_look', set(), whole_images)):
         option = f"--{name.replace('_', '-')}"
-        for needed in needs:
-            if value(name) and needed not in script:
-                raise UserError(f'this train script is too old for {option} (it has no {needed}): take the train.py of '
-                                'timm 1.0.27 or newer.')
+        if value(name) and not needs <= script.keys():
+            raise UserError(f"this train script is too old for {option} (it lacks {', '.join(needs - script.keys())}): "
+                            'take the train.py of timm 1.0.27 or newer.')
         for other, used in conflicts.items():
             if value(name) and used:
                 raise UserError(f'{option} cannot be combined with {other}: leave one of the two out.')
@@ -176,10 +152,10 @@ def resolve_epoch_seeds(options: argparse.Namespace, possible: bool) -> None:
         'the NaFlex loader has an order of its own': getattr(options, 'naflex_loader', None),
         f'{dataset} is a stream': dataset.lower().partition('/')[0] in ('hfids', 'tfds', 'wds'),
     }
-    reason = next((reason for reason, applies in obstacles.items() if applies), None)
-    if reason and not options.no_epoch_seeds:
-        options.no_epoch_seeds = True
-        warn(f'{reason}: a run that is resumed will not repeat what it would have done uninterrupted.')
+    for reason, applies in obstacles.items():
+        if applies and not options.no_epoch_seeds:
+            options.no_epoch_seeds = True
+            warn(f'{reason}: a run that is resumed will not repeat what it would have done uninterrupted.')
 
 
 def rank() -> int:

@@ -7,8 +7,7 @@ import torch
 from torchvision.transforms import Compose, v2
 from torchvision.transforms.v2 import functional as F
 
-SMALLEST = 24
-"""Smallest side in pixels that a picture is reduced to."""
+SMALLEST = 24  # pixels of the shorter side that a picture may be reduced to
 
 
 def _uniform(low: float, high: float) -> float:

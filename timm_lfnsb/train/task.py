@@ -14,15 +14,10 @@ from ..losses.cosine_harmony import CosineHarmonyLoss
 
 
 def average_features(features: torch.Tensor, output_fmt: str = 'NCHW', num_prefix_tokens: int = 0) -> torch.Tensor:
-    """Average what a timm model's `forward_features` returns over space.
+    """Average what a timm model's `forward_features` returns over space: features (B, C).
 
-    Args:
-        features: Map (B, C, H, W) or (B, H, W, C), tokens (B, N, C), or already pooled (B, C).
-        output_fmt: The format of maps, 'NCHW' or 'NHWC' (timm's `model.output_fmt`).
-        num_prefix_tokens: Class and register tokens to leave out (timm's `model.num_prefix_tokens`).
-
-    Returns:
-        Features (B, C).
+    These are maps (B, C, H, W) or (B, H, W, C), told apart by timm's `output_fmt` ('NCHW' or 'NHWC'), tokens (B, N, C),
+    of which class and register tokens are left out (`num_prefix_tokens`), or already pooled (B, C).
 
     Raises:
         ValueError: When the features are of none of these shapes.
@@ -150,14 +145,9 @@ class CosineHarmonyTask(CosineHarmonyMixin, ClassificationTask):
     eval model and the checkpoint's `state_dict` are the bare model; the centers travel in the task state, so that
     checkpoints load anywhere and `--resume` restores the centers.
 
-    Args:
-        model: The timm model to train.
-        criterion: Classification loss; see `timm.task.ClassificationTask` for the default, which timm 1.0.27 lacks.
-        weight: Weight of the Cosine-Harmony loss.
-        alpha: See `CosineHarmonyLoss`, as for `variant` and `learn_centers`.
-        **kwargs: Whatever else the installed timm's `ClassificationTask` takes.
-
-    The forward returns `loss` (total), `output` (logits), `task_loss` and `cosine_harmony_loss` (unweighted).
+    Arguments are those of the installed timm's `ClassificationTask`, and `weight` of the Cosine-Harmony loss, `alpha`,
+    `variant` and `learn_centers` (see `CosineHarmonyLoss`). The forward returns `loss` (total), `output` (logits),
+    `task_loss` and `cosine_harmony_loss` (unweighted).
 
     Raises:
         ValueError: When the model has no separate features, or a loss setting is out of range.

@@ -20,8 +20,8 @@ from .datasets import DatasetWrapper, folder_targets
 
 _logger = logging.getLogger(__name__)
 
+# What else a file of votes may have: people could also vote for the last three.
 OTHER_COLUMNS = ('file', 'split', 'label', 'usage', 'unknown', 'not_a_face', 'nf')
-"""Columns that a file of votes may have and that are no expression: people could also vote for the last three."""
 
 
 def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -47,9 +47,9 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
                 raise ValueError("has no column 'file'")
             if missing := [name for name in names if name not in columns]:
                 raise ValueError(f"has no column for {', '.join(missing)}")
-            if strange := [name for name in columns if name not in (*OTHER_COLUMNS, *EXPRESSIONS_8, *names)]:
-                raise ValueError(f"has columns that are no label of this run: {', '.join(strange)} (its labels: "
-                                 f"{', '.join(label_names)})")
+            if strange := set(columns) - {*OTHER_COLUMNS, *EXPRESSIONS_8, *names}:
+                raise ValueError(f"has columns that are no label of this run ({', '.join(label_names)}): "
+                                 f"{', '.join(sorted(strange))}")
             for row in filter(None, rows):
                 values = dict(zip(columns, row, strict=False))
                 name = PurePath(values.get('file', '')).name
@@ -69,16 +69,9 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def match_votes(
         votes: Mapping[str, np.ndarray], files: Sequence[str], targets: Sequence[int], num_classes: int) -> np.ndarray:
-    """Probability of each label for each image of a training set.
+    """Probabilities (N, num_classes) of the labels of N images, from what `read_votes` returned.
 
-    Args:
-        votes: What `read_votes` returned.
-        files: Names (N,) of the images, folders may stand before them.
-        targets: Their folders' class numbers (N,), which images without votes keep.
-        num_classes: Number of classes C.
-
-    Returns:
-        Probabilities (N, C), each row summing to 1.
+    `files` are their names, after folders or without; `targets` the class numbers, which images without votes keep.
 
     Raises:
         ValueError: When few images have votes, two share a name, or most votes are against the folders' labels.

@@ -17,9 +17,6 @@ def watch_loss(task: torch.nn.Module, loader: Any, epoch: int, options: argparse
 
     A loss is looked at when the next batch comes, or the epoch ends: by then timm's script has fetched it for its own
     log, so the device waits at no other point. `SafeSaver` does not write the weights of that one step.
-
-    Raises:
-        UserError: With epoch, batch, and what to try.
     """
     losses: list[torch.Tensor] = []  # one flag a batch: is its loss finite?
 
