@@ -23,11 +23,7 @@ from timm_lfnsb.weights.names import WEIGHTS_DIR, embedded_weights, weights_info
 
 NAMES = embedded_weights()
 CARDS = ROOT / 'hub_cards'
-
-
-@pytest.fixture(scope='module')
-def info() -> dict:
-    return weights_info('lfnsb.ferplus')
+INFO = weights_info('lfnsb.ferplus')
 
 
 def rows_of(text: str, first_header: str) -> list[dict[str, str]]:
@@ -45,9 +41,8 @@ def cards() -> dict[str, str]:
 
 def test_the_committed_cards_are_what_the_json_says(cards):
     assert {path.stem: path.read_text() for path in CARDS.glob('*.md')} == cards, 'out of date: run timm-lfnsb card'
-    for text in cards.values():
-        for link in re.findall(r'\]\((\.\./[^)]+)\)', text):
-            assert (CARDS / link).is_file(), link
+    for link in re.findall(r'\]\((\.\./[^)]+)\)', ''.join(cards.values())):
+        assert (CARDS / link).is_file(), link
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -67,17 +62,15 @@ def test_every_figure_is_the_jsons(name, cards):
         assert row['recall'] == f"{figures['recall']:.3f} [{low:.3f}, {high:.3f}]"
         given = sum(line[stored['label_names'].index(label)] for line in test['confusion'])
         assert (row['precision'] == 'never predicted') == (given == 0)
-    for split in ('test', 'validation'):
-        low, high = stored['metrics'][split]['accuracy_interval']
-        assert f"{stored['metrics'][split]['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in text
+    for metrics in stored['metrics'].values():
+        assert '{:.3f} [{:.3f}, {:.3f}]'.format(metrics['accuracy'], *metrics['accuracy_interval']) in text
     robust = rows_of(text, 'images')
     assert len(robust) == len(stored['robustness']['rows']) == 13
     for row, figures in zip(robust, stored['robustness']['rows'].values(), strict=True):
         assert row['images'] == figures['what'] and row['same label'] == f"{figures['agreement']:.3f}"
         assert row['difference, in points'].startswith(f"{100 * figures['difference']:+.1f} [")
     assert f"{stored['temperature']:.3f}" in text and stored['data']['sha256'][:16] in text
-    for label in ('disgust', 'contempt'):
-        assert re.search(rf"(?i){label} \({test['per_class'][label]['count']}\)", text)
+    assert 'Disgust (20) and contempt (27): too few faces' in text
     trained = rows_of(text, 'run')
     assert [row['run'] for row in trained] == [str(i) for i, _ in enumerate(stored['runs'], 1)]
     assert all(row['recipe'].startswith(run['recipe']) for row, run in zip(trained, stored['runs'], strict=True))
@@ -88,44 +81,43 @@ def test_every_figure_is_the_jsons(name, cards):
     assert '/tmp' not in text and 'nan' not in text.split() and 'None' not in text.replace('detector=None', '')
 
 
-def test_another_network_and_another_input_size(info, cards):
+def test_another_network_and_another_input_size(cards):
     assert '91.07 % on RAF-DB and 66.57 % on AffectNet-7' in cards['lfnsb.ferplus']  # the paper's of its network
-    other = card.render_card({**info, 'model': 'mfn.ferplus'})
+    other = card.render_card({**INFO, 'model': 'mfn.ferplus'})
     assert '91.07' not in other and ModelCard(other).data.model_name == 'mfn.ferplus' and '4.17 million' in other
-    text = card.render_card({**info, 'input_size': [3, 64, 64]})
+    text = card.render_card({**INFO, 'input_size': [3, 64, 64]})
     assert '| 3x64x64, ' in text and 'enlarged to\n64x64, one crop' in text and '| 131 million |' in text
     assert '## Speed\n\nNot measured' in text  # what was measured was measured at 112
 
 
-def test_a_changed_json_is_noticed(info, tmp_path, monkeypatch):
+def test_a_changed_json_is_noticed(tmp_path, monkeypatch):
     arguments = ['card', 'lfnsb.ferplus', '--out', str(tmp_path / 'cards')]
     check = CliRunner().invoke(main, [*arguments, '--check'])
     assert check.exit_code == 1 and 'write anew with timm-lfnsb card lfnsb.ferplus' in check.output
-    assert not (tmp_path / 'cards').exists()
-    assert CliRunner().invoke(main, arguments).exit_code == 0
-    assert [path.name for path in (tmp_path / 'cards').iterdir()] == ['lfnsb.ferplus.md']
+    assert CliRunner().invoke(main, arguments).output == f'{tmp_path}/cards/lfnsb.ferplus.md\n'
     assert CliRunner().invoke(main, [*arguments, '--check']).exit_code == 0
-    changed = copy.deepcopy(info)
+    changed = copy.deepcopy(INFO)
     changed['metrics']['test']['per_class']['fear']['recall'] += 0.001
     monkeypatch.setattr(card, 'weights_info', lambda _: changed)
     assert CliRunner().invoke(main, [*arguments, '--check']).exit_code == 1
 
 
-def test_what_was_not_measured_is_not_there(info):
+def test_what_was_not_measured_is_not_there():
     unmeasured = ('robustness', 'temperature', 'calibration', 'notes', 'history')
-    bare = {key: value for key, value in info.items() if key not in unmeasured}
+    bare = {key: value for key, value in INFO.items() if key not in unmeasured}
     text = card.render_card(bare)
     assert '## Robustness\n\nNot measured.' in text and 'temperature' not in text and '- **Known.**' not in text
     with pytest.raises(UserError, match="has no 'metrics'"):
-        card.render_card({key: value for key, value in info.items() if key != 'metrics'})
-    taught = copy.deepcopy(bare)
-    taught['runs'][0]['settings']['kd_model_name'] = 'resnet50'
-    assert 'No other images were used' in text
-    assert 'Other images may be behind the teacher `resnet50`' in card.render_card(taught)
-    for number, model, outside in ((0, 'lfnsb', True), (-1, 'lfnsb', False), (-1, 'resnet18', True)):
-        begun = copy.deepcopy(bare)
-        begun['runs'][number]['settings'].update(model=model, pretrained=True)
-        assert (f'Other images may be behind pretrained `{model}`' in card.render_card(begun)) == outside
+        card.render_card({key: value for key, value in INFO.items() if key != 'metrics'})
+    for number, settings, said in (
+            (0, {}, 'No other images were used.'),
+            (0, dict(kd_model_name='resnet50'), 'Other images may be behind the teacher `resnet50`.'),
+            (0, dict(model='lfnsb', pretrained=True), 'Other images may be behind pretrained `lfnsb`.'),
+            (-1, dict(model='lfnsb', pretrained=True), 'No other images were used.'),
+            (-1, dict(model='resnet18', pretrained=True), 'Other images may be behind pretrained `resnet18`.')):
+        changed = copy.deepcopy(bare)
+        changed['runs'][number]['settings'].update(settings)
+        assert said in card.render_card(changed)
 
 
 def test_speed_comes_from_benchmark_reports_alone(tmp_path):
@@ -150,7 +142,7 @@ def test_speed_comes_from_benchmark_reports_alone(tmp_path):
     assert len(rows_of(card.speed_table('lfnsb.ferplus_64', (3, 64, 64), tmp_path), 'machine')) == 1
 
 
-def test_the_snippets_run(info, cards, tmp_path, monkeypatch, capsys):
+def test_the_snippets_run(cards, tmp_path, monkeypatch, capsys):
     pytest.importorskip('transformers', reason="pip install 'timm-lfnsb[test]' brings transformers")
     monkeypatch.chdir(tmp_path)
     photo = skimage.data.astronaut()
@@ -162,7 +154,7 @@ def test_the_snippets_run(info, cards, tmp_path, monkeypatch, capsys):
         with staged('lfnsb.ferplus', 'me/own') as folder:
             exec(snippet.replace('FOLDER', str(folder)), {})
         printed = capsys.readouterr().out
-        assert any(label in printed for label in info['label_names']), snippet
+        assert any(label in printed for label in INFO['label_names']), snippet
 
 
 def save_own(folder, arch='resnet18', labels=('cat', 'dog', 'horse')):
@@ -187,9 +179,9 @@ def test_a_folders_card_invents_nothing(tmp_path):
     assert 'FOLDER' not in text
 
 
-def test_a_folder_of_faces(info, tmp_path):
-    save_own(tmp_path, 'lfnsb', info['label_names'])
-    metrics = {**info['metrics']['validation'], 'split': 'holdout', 'model': 'local-dir:mine'}
+def test_a_folder_of_faces(tmp_path):
+    save_own(tmp_path, 'lfnsb', INFO['label_names'])
+    metrics = {**INFO['metrics']['validation'], 'split': 'holdout', 'model': 'local-dir:mine'}
     text = card.render_card_for_folder(tmp_path, metrics=metrics)
     result = ModelCard(text).data.eval_results[0]
     assert (result.metric_value, result.dataset_split) == (pytest.approx(metrics['accuracy'], abs=6e-5), 'holdout')
@@ -199,7 +191,7 @@ def test_a_folder_of_faces(info, tmp_path):
         card.render_card_for_folder(tmp_path, metrics={**metrics, 'label_names': metrics['label_names'][::-1]})
     (tmp_path / 'model.safetensors').write_bytes((WEIGHTS_DIR / 'lfnsb.ferplus.safetensors').read_bytes())
     text = card.render_card_for_folder(tmp_path, 'org/x')
-    assert text == card.render_card(info, 'org/x') and 'hf-hub:org/x' in text
+    assert text == card.render_card(INFO, 'org/x') and 'hf-hub:org/x' in text
 
 
 def test_folders_that_give_no_card(tmp_path):
@@ -214,5 +206,4 @@ def test_folders_that_give_no_card(tmp_path):
         path.write_text(content)
         result = CliRunner().invoke(main, ['card', '--folder', str(tmp_path)])
         assert result.exit_code == 1 and message in result.output and result.output.count('\n') == 1
-    result = CliRunner().invoke(main, ['card', '--folder', str(tmp_path), '--check'])
-    assert result.exit_code == 2 and 'goes with neither' in result.output
+    assert CliRunner().invoke(main, ['card', '--folder', str(tmp_path), '--check']).exit_code == 2

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import pytest
-import skimage.data
 import timm
 import torch
 from PIL import Image
@@ -16,7 +15,7 @@ NAME = 'lfnsb.ferplus'
 
 
 def test_published_weights_are_those_of_timm():
-    face = Image.fromarray(skimage.data.astronaut()[67:160, 177:270])
+    face = Image.effect_noise((93, 93), 60).convert('RGB')
     own = timm.create_model(NAME, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(own), is_training=False)
     images, names = transform(face).unsqueeze(0), list(own.pretrained_cfg['label_names'])
@@ -24,7 +23,6 @@ def test_published_weights_are_those_of_timm():
         model, info = transformers.AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
         backbone = transformers.AutoModel.from_pretrained(folder).eval()
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
-        answers = transformers.pipeline('image-classification', model=str(folder))(face, top_k=8)
     assert not any(info.values())
     assert model.config.id2label == dict(enumerate(names))
     assert model.config.label2id == {name: i for i, name in enumerate(names)}
@@ -33,12 +31,8 @@ def test_published_weights_are_those_of_timm():
     torch.testing.assert_close(processor(face, return_tensors='pt')['pixel_values'], images, rtol=0, atol=0)
     embedding = timm.create_model(NAME, pretrained=True, num_classes=0).eval()
     with torch.no_grad():
-        logits = own(images)
-        torch.testing.assert_close(model.eval()(images).logits, logits, rtol=0, atol=0)
+        torch.testing.assert_close(model.eval()(images).logits, own(images), rtol=0, atol=0)
         torch.testing.assert_close(backbone(images).pooler_output, embedding(images), rtol=0, atol=0)
-    assert answers[0]['label'] == 'happiness'
-    scores = dict(zip(names, logits.softmax(1)[0].tolist(), strict=True))
-    assert {answer['label']: answer['score'] for answer in answers} == pytest.approx(scores, abs=1e-6)
 
 
 @pytest.mark.parametrize('name, kwargs', [('lfn_small.affectnet7', dict(img_size=96)), ('mfn.rafdb', dict(in_chans=1))])

@@ -87,7 +87,7 @@ def render_card_for_folder(
             return render_card(info, repo_id)
     try:
         with torch.device('meta'):
-            model = timm.create_model(f'local-dir:{path}')
+            model: Any = timm.create_model(f'local-dir:{path}')
         labels = model_label_names(model)
     except Exception as error:  # other people's configs can make timm raise nearly anything
         reason = shorten(str(error), 300, placeholder=' ...')
@@ -104,8 +104,7 @@ def render_card_for_folder(
 def write_cards(names: Sequence[str], out_dir: Path) -> list[Path]:
     """Write the cards of embedded weights as NAME.md into a folder, each as a whole."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths = [out_dir / f'{name}.md' for name in names]
-    for path in paths:
+    for path in (paths := [out_dir / f'{name}.md' for name in names]):
         with replacing(path) as temporary:
             temporary.write_text(render_card(weights_info(path.stem)), encoding='utf-8')
     return paths
