@@ -68,7 +68,7 @@ def fetch_weights(name: str, revision: str | None = None, cache_dir: str | Path 
     path = _download_checked(
         expected, f'model.safetensors of {repo_id} is not the file this version of timm_lfnsb knows (SHA-256 '
         f'{expected[:12]}...), and was not loaded: it was altered, or belongs to another version of the package.',
-        repo_id, 'model.safetensors', revision or pinned, cache_dir)
+        repo_id=repo_id, filename='model.safetensors', revision=revision or pinned, cache_dir=cache_dir)
     if pinned and path.parent.name != pinned:
         raise UserError(f'{repo_id} was asked for the pinned commit {pinned} and gave another: it was not loaded.')
     return path
@@ -102,7 +102,8 @@ def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path
     if _SHA256.fullmatch(etag):
         _download_checked(
             etag, f'{filename} of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and was not '
-            'loaded: it was altered or damaged on the way.', repo_id, filename, commit, cache_dir)
+            'loaded: it was altered or damaged on the way.',
+            repo_id=repo_id, filename=filename, revision=commit, cache_dir=cache_dir)
     return commit
 
 
@@ -159,10 +160,10 @@ def _is_missing(error: BaseException | None) -> bool:
     return 'EntryNotFoundError' in _kinds(error) and 'LocalEntryNotFoundError' not in _kinds(error)
 
 
-def _download_checked(sha256: str, refusal: str, *request: Any) -> Path:
+def _download_checked(sha256: str, refusal: str, **request: Any) -> Path:
     """`_download`; a file that is not the right one is fetched once more, in case the cache was damaged."""
     for force in (False, True):
-        path = _download(*request, force=force)
+        path = _download(**request, force=force)
         if file_sha256(path) == sha256:
             return path
     raise UserError(refusal)
