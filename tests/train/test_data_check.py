@@ -78,15 +78,13 @@ def test_tar_files_are_looked_into_and_zip_files_refused(tmp_path):
         check_class_folders(options)
 
 
-def test_a_class_map_that_cannot_be_read_or_is_too_large(tmp_path):
-    options = folders(tmp_path, classes=CLASSES, num_classes=3)
-    check_class_folders(options)
-    options.num_classes = 2
-    with pytest.raises(UserError, match=r'up to 2, counted from 0, but --num-classes is 2'):
-        check_class_folders(options)
-    options.class_map = str(tmp_path / 'none.txt')
-    with pytest.raises(UserError, match=r'none.txt cannot be read'):
-        check_class_folders(options)
+@pytest.mark.parametrize('changes, words', [
+    (dict(num_classes=2), r'up to 2, counted from 0, but --num-classes is 2'),
+    (dict(class_map='none.txt'), r'none.txt cannot be read'),
+])
+def test_a_class_map_that_cannot_be_read_or_is_too_large(changes, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        check_class_folders(folders(tmp_path, classes=CLASSES, **changes))
 
 
 def test_splits_numbered_differently_are_refused_without_a_class_map(tmp_path):

@@ -8,20 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support.train_script import (
-    BASE,
-    CPU,
-    RANDOM,
-    STANDIN,
-    TORCHRUN,
-    assert_same_end,
-    launch,
-    load,
-    one_sentence,
-    python,
-    standin,
-    train,
-)
+from support import train_script as ts
+from support.train_script import BASE, CPU, RANDOM, STANDIN, launch, load, one_sentence, standin
 from timm.models import save_for_hf
 from timm.task import LogitDistillationTask
 
@@ -130,7 +118,7 @@ def test_the_launcher_refuses_teachers_that_do_not_fit(face_folder, tmp_path):
     for flags, words in (
             ([*data, '--kd-model-name', other], 'not those of the run'),
             ([*data, '--kd-model-name', 'lfnsb.nothing'], 'lfnsb.nothing'),
-            (['--kd-model-name', f'{other},{other}'], 'labels of the run')):
+            (['--kd-model-name', f'{other},{other}'], '--class-map')):
         one_sentence(launch(STANDIN, '--output', tmp_path, *flags), words)
 
 
@@ -138,9 +126,9 @@ def test_real_train_with_teachers(teachers, timm_scripts, face_folder, tmp_path)
     """Resumed equals whole, and the checkpoint holds the student alone; with everything that draws labels beside it."""
     flags = ['--epochs', '2', '--val-split', '', '--kd-model-name', ','.join(teachers), '--kd-distill-type', 'logit',
              '--photo-look', *RANDOM]
-    whole = train(timm_scripts, face_folder, tmp_path, 'whole', *flags)
-    resumed = train(timm_scripts, face_folder, tmp_path, 'resumed', *flags, '--resume', whole / 'checkpoint-0.pth.tar')
-    assert_same_end(whole, resumed)
+    whole = ts.train(timm_scripts, face_folder, tmp_path, 'whole', *flags)
+    resumed = ts.train(timm_scripts, face_folder, tmp_path, 'resumed', *flags, '--resume', whole / 'checkpoint-0.pth.tar')
+    ts.assert_same_end(whole, resumed)
     end = load(whole / 'last.pth.tar')
     student = set(timm.create_model('test_resnet', num_classes=4).state_dict())
     assert set(end['state_dict']) == student == set(end['state_dict_ema'])
@@ -150,8 +138,8 @@ def test_real_train_with_teachers(teachers, timm_scripts, face_folder, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize('weight', ['0', '1'])
 def test_two_processes_with_teachers(weight, teachers, timm_scripts, face_folder, tmp_path):
-    result = python(
-        *TORCHRUN, timm_scripts / 'train.py', *BASE, '--cosine-harmony', weight, '--epochs', '1', '--model-ema',
+    result = ts.python(
+        *ts.TORCHRUN, timm_scripts / 'train.py', *BASE, '--cosine-harmony', weight, '--epochs', '1', '--model-ema',
         '--kd-model-name', ','.join(teachers), '--logit-adjustment', '0.5', '--val-split', '', '--data-dir',
         face_folder, '--class-map', face_folder / 'class_map.txt', '--output', tmp_path, '--experiment', 'ddp')
     assert result.returncode == 0, result.stderr[-3000:]

@@ -38,6 +38,8 @@ def test_the_options_work_from_yaml_and_the_command_line_wins(tmp_path):
     result = standin(tmp_path, '--config', config, '--cosine-harmony-alpha', '0.2')
     assert result['task'] == 'CosineHarmonyTask' and result['args']['cosine_harmony_alpha'] == 0.2
     assert result['args']['cosine_harmony_fixed_centers'] and result['args']['no_epoch_seeds']
+    config.write_text('cosine_harmony: 1.0\ncosine_harmony_variant: best\n')  # argparse does not check it
+    one_sentence(launch(STANDIN, '--config', config), 'reference, intended, paper')
 
 
 def test_help():
@@ -94,11 +96,6 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags, words, face_folder, 
     data = ['--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt']
     one_sentence(launch(STANDIN, '--output', tmp_path, *data, *flags), *words)
     assert not (tmp_path / 'result.json').exists()
-
-
-def test_a_variant_from_yaml_is_checked(tmp_path):
-    (tmp_path / 'config.yaml').write_text('cosine_harmony: 1.0\ncosine_harmony_variant: best\n')
-    one_sentence(launch(STANDIN, '--config', tmp_path / 'config.yaml'), 'reference, intended, paper')
 
 
 def test_a_script_that_goes_past_the_replaced_task_is_refused(tmp_path):

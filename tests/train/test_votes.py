@@ -1,7 +1,6 @@
 """Labels drawn from votes: the file, the draw, the dataset in worker processes, the launcher."""
 from __future__ import annotations
 
-import csv
 import pickle
 import shutil
 from pathlib import Path
@@ -18,27 +17,16 @@ from timm_lfnsb.train.votes import VotedDataset, match_votes, read_votes
 LABELS = ('neutral', 'happiness', 'sadness', 'anger')
 
 
-def write(path: Path, rows: list[dict]) -> Path:
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 @pytest.fixture(scope='module')
 def votes_file(face_folder, tmp_path_factory) -> Path:
     """Eight votes for the folder's label, two for neutral; one image has none, votes for unknown are left out."""
-    rows = []
-    for path in sorted(face_folder.glob('*/*/*.png')):
-        label = path.parent.name
-        row = dict.fromkeys(LABELS, 0) | {'file': path.name, 'split': path.parts[-3], 'unknown': 3, 'not_a_face': 0}
-        row[label] += 8
-        row['neutral'] += 2
-        rows.append(row)
-    unique = {row['file']: row for row in rows}
-    unique['anger0.png'] |= dict.fromkeys(LABELS, 0)
-    return write(tmp_path_factory.mktemp('votes') / 'votes.csv', list(unique.values()))
+    lines = ['file,split,unknown,' + ','.join(LABELS)]
+    for path in sorted(face_folder.glob('train/*/*.png')):
+        votes = [8 * (label == path.parent.name) + 2 * (label == 'neutral') for label in LABELS]
+        lines.append(','.join(map(str, [path.name, 'train', 3, *([0] * 4 if path.name == 'anger0.png' else votes)])))
+    file = tmp_path_factory.mktemp('votes') / 'votes.csv'
+    file.write_text('\n'.join(lines))
+    return file
 
 
 def voted(face_folder: Path, votes_file: Path, seed: int = 0) -> VotedDataset:
@@ -47,13 +35,15 @@ def voted(face_folder: Path, votes_file: Path, seed: int = 0) -> VotedDataset:
     return VotedDataset(dataset, votes_file, LABELS, seed)
 
 
-def labels(dataset) -> dict[str, int]:
+def labels(dataset, *epochs: int) -> dict[str, int]:
+    for epoch in epochs:
+        dataset.set_epoch(epoch)
     return {Path(str(file)).name: target for file, target in dataset.reader.samples}
 
 
 def test_the_file_is_matched_by_name(tmp_path):
-    row = {'Happy': 3, 'file': 'x/a.png', 'neutral': 1, 'anger': 0, 'sad': 2, 'contempt': 9, 'NF': 4}
-    votes = read_votes(write(tmp_path / 'votes.csv', [row]), LABELS)
+    (tmp_path / 'votes.csv').write_text('Happy,file,neutral,anger,sad,contempt,NF\n3,x/a.png,1,0,2,9,4\n')
+    votes = read_votes(tmp_path / 'votes.csv', LABELS)
     assert votes['a.png'].tolist() == [1, 3, 2, 0]  # contempt is no label of the run, NF no expression
 
 
@@ -87,10 +77,7 @@ def test_votes_of_other_images_or_labels_are_refused():
 
 def test_labels_are_drawn_in_proportion_to_the_votes(face_folder, votes_file):
     dataset = voted(face_folder, votes_file)
-    drawn = []
-    for epoch in range(400):
-        dataset.set_epoch(epoch)
-        drawn.append(labels(dataset))
+    drawn = [labels(dataset, epoch) for epoch in range(400)]
     happy = np.mean([epoch['happiness3.png'] == 1 for epoch in drawn])
     assert happy == pytest.approx(0.8, abs=0.06)
     assert {epoch['happiness3.png'] for epoch in drawn} == {0, 1}  # and never what nobody said
@@ -100,13 +87,8 @@ def test_labels_are_drawn_in_proportion_to_the_votes(face_folder, votes_file):
 
 def test_the_draw_is_a_function_of_seed_epoch_and_name(face_folder, votes_file):
     first, again, other = (voted(face_folder, votes_file, seed) for seed in (3, 3, 4))
-    first.set_epoch(7)
-    again.set_epoch(2)
-    again.set_epoch(7)
-    other.set_epoch(7)
-    assert labels(first) == labels(again) != labels(other)
-    again.set_epoch(8)
-    assert labels(first) != labels(again)
+    assert labels(first, 7) == labels(again, 2, 7) != labels(other, 7)
+    assert labels(first) != labels(again, 8)
 
 
 def test_workers_that_live_on_see_each_epochs_labels(face_folder, votes_file):
