@@ -71,7 +71,7 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
         except (OSError, ValueError):
             raise UserError(f"the run's class map {class_map} is not there any more, or is not text: put it back, or "
                             'give the labels in its order with --labels.') from None
-    if not Path(data_dir or 'none').is_dir() or getattr(args, 'dataset', ''):
+    if getattr(args, 'dataset', '') or not data_dir or not Path(data_dir).is_dir():
         return None
     try:
         reader = create_dataset('', root=data_dir, split=getattr(args, 'train_split', 'train')).reader

@@ -28,8 +28,11 @@ class TeacherEnsemble(DistillationTeacher):
         UserError: When a teacher has no label names, or others than the run.
     """
 
+    teachers: Any
+    adjustment: Any
+
     def __init__(
-            self, teachers: Sequence[nn.Module], label_names: Sequence[str], adjustment: torch.Tensor | None = None,
+            self, teachers: Sequence[Any], label_names: Sequence[str], adjustment: torch.Tensor | None = None,
             device: torch.device | None = None, dtype: torch.dtype | None = None):
         nn.Module.__init__(self)
         self.training = False
@@ -88,7 +91,7 @@ def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, 
                         'on a folder of images, or give a --class-map.')
     teachers = []
     for name in names.split(','):
-        teacher = load_model(name.strip(), inference=True)
+        teacher: Any = load_model(name.strip(), inference=True)
         if teacher.pretrained_cfg['input_size'][0] != in_chans:
             raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
         teachers.append(teacher)
@@ -104,6 +107,9 @@ class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
     Arguments are those of `LogitDistillationTask`, and `weight`, `alpha`, `variant`, `learn_centers` of
     `CosineHarmonyTask`.
     """
+
+    student_mean: Any
+    student_std: Any
 
     def __init__(self, student_model: Any, *args: Any, **kwargs: Any):
         super().__init__(student_model, *args, **kwargs)

@@ -235,4 +235,4 @@ class Hooks:
                                 "out, or take timm's own train.py.")
             plain_init(task, *args, **kwargs)
 
-        TrainingTask.__init__ = guarded_init  # type: ignore[method-assign]
+        TrainingTask.__init__ = guarded_init  # type: ignore[method-assign, assignment]
