@@ -127,7 +127,8 @@ def test_real_train_with_teachers(teachers, timm_scripts, face_folder, tmp_path)
     flags = ['--epochs', '2', '--val-split', '', '--kd-model-name', ','.join(teachers), '--kd-distill-type', 'logit',
              '--photo-look', *RANDOM]
     whole = ts.train(timm_scripts, face_folder, tmp_path, 'whole', *flags)
-    resumed = ts.train(timm_scripts, face_folder, tmp_path, 'resumed', *flags, '--resume', whole / 'checkpoint-0.pth.tar')
+    resumed = ts.train(
+        timm_scripts, face_folder, tmp_path, 'resumed', *flags, '--resume', whole / 'checkpoint-0.pth.tar')
     ts.assert_same_end(whole, resumed)
     end = load(whole / 'last.pth.tar')
     student = set(timm.create_model('test_resnet', num_classes=4).state_dict())
