@@ -30,10 +30,6 @@ def near(other: dict[str, float], tolerance: float = 1e-5):
     return pytest.approx(other, abs=tolerance)
 
 
-def norms(model: torch.nn.Module) -> int:
-    return sum('BatchNorm' in type(module).__name__ for module in model.modules())
-
-
 def tiny_model(**cfg) -> torch.nn.Module:
     """One of timm's test models, which is exported in no time."""
     cfg = {'label_names': EXPRESSIONS_8, 'input_size': (3, 64, 64), **cfg}
@@ -46,24 +42,24 @@ def test_a_model_by_name_is_reparameterised_and_says_the_same(tmp_path, portrait
     torch.nn.init.normal_(given.get_classifier().weight)  # else all probabilities are alike
     save_for_hf(given, tmp_path, safe_serialization=True)
     by_name, by_model = ExpressionRecognizer(f'local-dir:{tmp_path}'), ExpressionRecognizer(given)
-    assert norms(by_name.model) == 0
-    assert by_model.model is given and norms(given) > 100  # nobody's own model is changed
+    kinds = [{type(module).__name__ for module in model.modules()} for model in (by_name.model, given)]
+    assert 'BatchNorm2d' not in kinds[0] and 'BatchNorm2d' in kinds[1]  # nobody's own model is changed
+    assert by_model.model is given
     [first], [second] = by_name(portrait), by_model(portrait)
     assert first.probabilities == near(second.probabilities)
 
 
 def test_single_image(recognize, portrait):
     [face] = recognize(portrait)
-    assert all(type(value) is int for value in face.box)
     np.testing.assert_allclose(face.box, (76, 46, 97, 97), atol=5)
     assert tuple(face.probabilities) == EXPRESSIONS_8
     assert sum(face.probabilities.values()) == pytest.approx(1)
     assert face.label == max(face.probabilities, key=face.probabilities.get) == 'happiness'  # NASA's portrait
-    assert face.score == face.probabilities[face.label]
     x, y, width, height = face.box
     assert face.probabilities == near(probabilities(recognize.model, portrait[y:y + height, x:x + width]))
     assert json.loads(json.dumps(face.as_dict())) == {
-        'box': list(face.box), 'label': face.label, 'score': face.score, 'probabilities': face.probabilities}
+        'box': [x, y, width, height], 'label': 'happiness', 'score': face.probabilities['happiness'],
+        'probabilities': face.probabilities}
 
 
 def test_mixed_list(recognize, portrait, tmp_path):
@@ -115,6 +111,8 @@ def test_what_is_cut_out(recognize, portrait):
         [face] = ExpressionRecognizer(recognize.model, detector=detector, margin=margin)(image)
         np.testing.assert_allclose(face.box, found, atol=0.51)
         assert face.probabilities == near(probabilities(recognize.model, crop))
+    for nothing in ((), np.zeros((0, 4)), np.zeros((0, 5, 2))):
+        assert ExpressionRecognizer(recognize.model, detector=lambda image, found=nothing: found)(portrait) == []
 
 
 @pytest.mark.parametrize('found, message', [
@@ -124,8 +122,6 @@ def test_what_is_cut_out(recognize, portrait):
 def test_bad_detector(recognize, portrait, found, message):
     with pytest.raises(ValueError, match=message):
         ExpressionRecognizer(recognize.model, detector=lambda image: found)(portrait)
-    for nothing in ((), np.zeros((0, 4)), np.zeros((0, 5, 2))):
-        assert ExpressionRecognizer(recognize.model, detector=lambda image, found=nothing: found)(portrait) == []
 
 
 def test_unreadable_image(recognize, portrait, tmp_path):
@@ -153,10 +149,8 @@ def test_models_that_cannot_be_used(portrait):
     assert ExpressionRecognizer(model, detector=None).label_names == names  # timm's other spelling
     for wrong, message in ((None, 'no label_names'), (names[:7], '8 classes'), (names[:7] + names[:1], '8 classes')):
         model.pretrained_cfg = dict(model.pretrained_cfg, label_names=wrong)
-        with pytest.raises((ValueError, UserError), match=message):
+        with pytest.raises(ValueError, match=message):
             ExpressionRecognizer(model)
-    with pytest.raises((ValueError, UserError), match='no label_names'):
-        ExpressionRecognizer(torch.nn.Linear(2, 2))
     broken = tiny_model()
     torch.nn.init.constant_(broken.get_classifier().weight, float('nan'))
     with pytest.raises(UserError, match='not finite'):

@@ -61,7 +61,7 @@ def test_table(folder):
         assert label == 'happiness' != runner_up[0] and 0 < float(runner_up[1]) < 0.5
 
 
-def test_lines_come_while_later_images_are_still_to_be_read(folder, monkeypatch):
+def test_lines_come_while_later_images_are_still_to_be_read(folder):
     (folder / 'photos' / 'ann.jpg').unlink()
     lines = run.predict_lines([folder / 'photos'], as_json=True, batch_size=1)
     assert 'sky.png' in next(lines)[0]

@@ -1,6 +1,4 @@
 """`timm-lfnsb bench`."""
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

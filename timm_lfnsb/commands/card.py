@@ -1,6 +1,4 @@
 """`timm-lfnsb card`."""
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

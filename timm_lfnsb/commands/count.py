@@ -1,6 +1,4 @@
 """`timm-lfnsb count`."""
-from __future__ import annotations
-
 import click
 
 

@@ -1,6 +1,4 @@
 """`timm-lfnsb evaluate`."""
-from __future__ import annotations
-
 from typing import Any
 
 import click

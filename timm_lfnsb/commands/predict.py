@@ -1,7 +1,6 @@
 """`timm-lfnsb predict`."""
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,10 +19,7 @@ import click
               help='Write pictures with boxes and probability bars there.')
 @click.option('--batch-size', default=32, show_default=True, type=click.IntRange(min=1))
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
-def predict(
-        images: tuple[Path, ...], sample: bool, model: str, detector: str, margin: float, as_json: bool,
-        annotate: Path | None, batch_size: int, device: str,
-) -> None:
+def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: Any) -> None:
     """Find the faces in images and name their expressions.
 
     Folders are searched recursively. An image that cannot be read, or a folder without any, is reported, the others
@@ -36,9 +32,7 @@ def predict(
     if sample:
         images = (*images, sample_picture())
     failed = False
-    for line, is_error in predict_lines(
-            images, as_json, annotate, model=model, detector=None if detector == 'none' else detector, margin=margin,
-            batch_size=batch_size, device=device):
+    for line, is_error in predict_lines(images, detector=None if detector == 'none' else detector, **options):
         click.echo(line, err=is_error)
         failed |= is_error
     if failed:

@@ -1,6 +1,4 @@
 """`timm-lfnsb prepare`."""
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

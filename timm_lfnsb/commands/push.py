@@ -1,7 +1,6 @@
 """`timm-lfnsb push`."""
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,17 +14,14 @@ import click
               help='metrics.json of timm-lfnsb evaluate, for the card of a folder without README.md.')
 @click.option('--license', metavar='ID', help='Licence of the weights, such as apache-2.0, for the same.')
 @click.option('--dry-run', is_flag=True, help='Show every file and the card; contact nobody.')
-def push(
-        source: str, repo_id: str | None, private: bool, create_pr: bool, metrics: Path | None, license: str | None,
-        dry_run: bool,
-) -> None:
+def push(source: str, dry_run: bool, **options: Any) -> None:
     """Publish SOURCE, a timm folder or the name of embedded weights, on the Hugging Face Hub.
 
     Safetensors only, in one commit. A folder without README.md gets a card that says what is known of it. Log in with
     `hf auth login`, or set HF_TOKEN.
     """
     from ..hub.push import push
-    result = push(source, repo_id, private, create_pr, dry_run, metrics, license)
+    result = push(source, dry_run=dry_run, **options)
     width = max(len(name) for name, _, _ in result.files)
     click.echo(f"{'would publish' if dry_run else 'published'} {result.repo_id}")
     for name, size, sha256 in result.files:

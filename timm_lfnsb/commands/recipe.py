@@ -1,6 +1,4 @@
 """`timm-lfnsb recipe`."""
-from __future__ import annotations
-
 import click
 
 

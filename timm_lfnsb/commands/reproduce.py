@@ -1,6 +1,4 @@
 """`timm-lfnsb reproduce`."""
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,10 @@ OPTIONS: list[Callable[[Any], Any]] = [
     click.option('--jobs', default=1, show_default=True, type=click.IntRange(min=1), help='Runs side by side.'),
     click.option('--dry-run', is_flag=True, help='Print the commands and run nothing.'),
 ]
-OF_SPLITS = [
-    click.option('--subset', type=click.IntRange(min=1), metavar='N',
-                 help='Train on N images, a fixed stratified subset.'),
-    click.option('--split', help="Split to measure on; default: the recipe's validation split."),
-]
-OF_FOLDS = [
-    click.option('--folds', default=10, show_default=True, type=click.IntRange(min=2), help='Number of folds.')]
+SUBSET = click.option(
+    '--subset', type=click.IntRange(min=1), metavar='N', help='Train on N images, a fixed stratified subset.')
+SPLIT = click.option('--split', help="Split to measure on; default: the recipe's validation split.")
+FOLDS = click.option('--folds', default=10, show_default=True, type=click.IntRange(min=2), help='Number of folds.')
 
 
 @click.group()
@@ -60,7 +55,7 @@ def _add_experiment(name: str, title: str) -> None:
                             + '\n'.join(failures))
 
     callback.__doc__ = f'{title}.'
-    for option in reversed([*OPTIONS, *(OF_FOLDS if name == 'table9' else OF_SPLITS)]):
+    for option in reversed([*OPTIONS, *([FOLDS] if name == 'table9' else [SUBSET, SPLIT])]):
         callback = option(callback)
     reproduce.command(name)(callback)
 

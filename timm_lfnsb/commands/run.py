@@ -1,6 +1,4 @@
 """`timm-lfnsb run`."""
-from __future__ import annotations
-
 import click
 
 

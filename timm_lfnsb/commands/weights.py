@@ -1,7 +1,6 @@
 """`timm-lfnsb weights`."""
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,18 +66,14 @@ def measure(name: str, data_dir: Path, replace: bool) -> None:
 @click.option('--batch-size', default=64, show_default=True)
 @click.option('--workers', default=2, show_default=True, help='Processes that read images.')
 @click.option('--device', default='auto', show_default=True)
-def robustness(
-        name: str, data_dir: Path, split: str, names: tuple[str, ...], batch_size: int, workers: int, device: str,
-) -> None:
+def robustness(name: str, data_dir: Path, split: str, names: tuple[str, ...], **options: Any) -> None:
     """Print how the accuracy of NAME holds on turned, shifted, blurred, compressed, ... images.
 
     NAME is an embedded one, or anything else that timm.create_model loads (local-dir:PATH). Nothing is stored:
     `weights measure` does that.
     """
     from ..evaluate.robustness import PERTURBATIONS, measure_robustness, robustness_table
-    measured = measure_robustness(
-        name, data_dir, split, names or tuple(PERTURBATIONS), batch_size=batch_size, workers=workers, device=device)
-    click.echo(robustness_table(measured))
+    click.echo(robustness_table(measure_robustness(name, data_dir, split, names or tuple(PERTURBATIONS), **options)))
 
 
 @weights.command()

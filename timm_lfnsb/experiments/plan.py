@@ -1,6 +1,6 @@
 """The paper's tables and figures as runs of timm's train script: which runs, with which settings and commands.
 
-Everything of an experiment lies below one folder, which several experiments may share:
+Experiments may share a folder; a row that two of them have in common is trained once.
 
     OUT/EXPERIMENT.json, .png         results; the only files to keep or commit
     OUT/runs/RUN/settings.json        what the run was started with
@@ -9,8 +9,6 @@ Everything of an experiment lies below one folder, which several experiments may
     OUT/runs/RUN/packed-WHICH/        the chosen weights as a timm folder
     OUT/runs/RUN/SPLIT-WHICH/         report of `evaluate`; metrics.json is written last
     OUT/data/                         subsets and folds of the data, as links
-
-A run's name holds what distinguishes the rows, so a row that two experiments have in common is trained once.
 """
 from __future__ import annotations
 
@@ -81,17 +79,7 @@ class Row:
 
 
 class Plan:
-    """An experiment with all its settings.
-
-    Args:
-        experiment: One of `EXPERIMENTS`.
-        data_dir: Absolute path of a folder made by `prepare`; `out`: that of the experiment's folder.
-        recipe: Name of a recipe of this package, or path of a YAML file for train.py; None for the data set's name.
-        seeds: Number of runs of each row, with the recipe's seed and those after it.
-        subset: Number of training images, a fixed stratified subset; None for all.
-        split: Split to measure on; None for the one that the recipe validates on.
-        checkpoint: 'best' for the epoch of the highest accuracy on the recipe's validation split, or 'last'.
-        extra: Further options of train.py, for all rows.
+    """One of `EXPERIMENTS` with all its settings, which are the options of `timm-lfnsb reproduce`; paths are absolute.
 
     Raises:
         UserError: When a setting is wrong, data or recipe are missing, or the subset cannot be drawn.
@@ -117,11 +105,11 @@ class Plan:
         # What is trained on, and measured; splits that are missing and impossible subsets show now.
         self.train_split = self.options.get('train_split') or 'train'
         self.val_split = self.options.get('val_split', 'validation')  # empty where train.py does not validate
-        self.split = split or self.val_split or 'validation'
         if self.folds:
-            self.train_split, self.val_split, self.split = 'train', 'validation', 'validation'
-        changes = [split] if split and split != (self.val_split or 'validation') else []
-        self.name = '-'.join([experiment, *changes, *(['last'] if checkpoint == 'last' else [])])
+            self.train_split, self.val_split = 'train', 'validation'
+        usual = self.val_split or 'validation'
+        self.split = split or usual
+        self.name = experiment + (f'-{split}' if self.split != usual else '') + '-last' * (checkpoint == 'last')
         self.images = list_images(data_dir, None if self.folds else self.train_split)
         self.images = choose_subset(self.images, subset) if subset else self.images
         for name in () if self.folds else {self.val_split, self.split} - {''}:
@@ -185,11 +173,7 @@ class Run:
         return int(load_checkpoint(self.last)['epoch']) + 1 if self.last.is_file() else 0
 
     def check_settings(self) -> None:
-        """Refuse a folder that was trained with other settings; one that holds no trained epoch starts anew anyway.
-
-        Raises:
-            UserError: With what differs.
-        """
+        """UserError for a folder trained with other settings; one without a trained epoch starts anew anyway."""
         path = self.folder / 'settings.json'
         if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f'{self.folder} holds something else than a run: remove it or choose another --out.')
@@ -211,17 +195,15 @@ def _dataset(data_dir: Path) -> dict[str, str]:
     """Name and checksum of the data: dataset.json's, or computed where there is none."""
     if (data_dir / DESCRIPTION).is_file():
         content = read_description(data_dir)
-        return {'name': content.get('name', data_dir.name), 'sha256': content['sha256']}
-    digests = {path: file_sha256(data_dir / path) for path in list_images(data_dir)}
-    return {'name': data_dir.name, 'sha256': checksum(digests)}
+    else:
+        content = {'sha256': checksum({path: file_sha256(data_dir / path) for path in list_images(data_dir)})}
+    return {'name': content.get('name', data_dir.name), 'sha256': content['sha256']}
 
 
 def _read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
-    path = Path(name).resolve()
-    if not path.is_file():
-        if name not in recipe_names():
-            raise UserError(f'{name} is no recipe: give --recipe a YAML file, or one of {", ".join(recipe_names())}.')
-        path = recipe_path(name)
+    if not Path(name).is_file() and name not in recipe_names():
+        raise UserError(f'{name} is no recipe: give --recipe a YAML file, or one of {", ".join(recipe_names())}.')
+    path = Path(name).resolve() if Path(name).is_file() else recipe_path(name)
     try:
         return path, dict(yaml.safe_load(path.read_text(encoding='utf-8')))
     except (yaml.YAMLError, ValueError, TypeError):

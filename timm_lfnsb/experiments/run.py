@@ -26,10 +26,9 @@ from .tables import collect, draw
 
 
 def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[str, Any], list[str]]:
-    """Run what is missing of an experiment and write its results; `report` is called with a line for each step.
+    """Run what is missing of an experiment, with a line to `report` for each step, and write OUT/NAME.json.
 
-    Returns:
-        The results (also in OUT/NAME.json), and a message for each run that failed; the others keep their results.
+    Returns the results, and a message for each run that failed; the others keep their results.
 
     Raises:
         UserError: When the output folder holds runs with other settings or is in use, and after Ctrl-C.
@@ -112,7 +111,9 @@ def _train(run: Run, lock: FileLock, report: Callable[[str], None]) -> Generator
             process.wait()
         reached = run.epochs_done()
         if code or reached < total:  # timm's script ends with 0 after an interrupt
-            raise UserError(f'train.py ended with {code} after epoch {reached} of {total}, see {log}; {_tail(log)}')
+            lines = [line.strip()[:300] for line in log.read_text('utf-8', 'replace').splitlines() if line.strip()]
+            said = '\n    '.join(['its last lines:', *lines[-5:]]) if lines else 'it printed nothing.'
+            raise UserError(f'train.py ended with {code} after epoch {reached} of {total}, see {log}; {said}')
     device = str(load_checkpoint(run.last)['args'].device)
     cuda = device.startswith('cuda') and torch.cuda.is_available()
     write_json(run.folder / 'trained.json', {
@@ -125,16 +126,8 @@ def _train(run: Run, lock: FileLock, report: Callable[[str], None]) -> Generator
     })
 
 
-def _tail(log: Path) -> str:
-    lines = [line.strip()[:300] for line in log.read_text('utf-8', errors='replace').splitlines() if line.strip()]
-    return '\n    '.join(['its last lines:', *lines[-5:]]) if lines else 'it printed nothing.'
-
-
 def _chosen_checkpoint(run: Run) -> Path:
-    """The checkpoint to measure.
-
-    Not simply model_best: older train scripts forget, when they resume, which epoch was the best before.
-    """
+    """The checkpoint to measure: not simply model_best, for older train scripts forget it when they resume."""
     if run.plan.checkpoint == 'last' or not run.plan.val_split:
         return run.last
     ranked = [(float('-inf'), 0, run.last)]

@@ -32,6 +32,10 @@ def collect(plan: Plan) -> dict[str, Any]:
             rows[-1].update(
                 params=count.params, macs=count.macs, input_size=list(count.input_size), paper_size=count.paper)
     done = [seed for row in rows for seed in row['seeds']]
+
+    def joined(values: Iterable[Any]) -> str:
+        return ' and '.join(dict.fromkeys(map(str, values)))
+
     held_out = 'the fold held out' if plan.folds else None
     results: dict[str, Any] = {
         'experiment': plan.experiment,
@@ -51,9 +55,9 @@ def collect(plan: Plan) -> dict[str, Any]:
             'checkpoint': plan.checkpoint if plan.val_split else 'last',
             'checkpoint_split': held_out or plan.val_split,
         },
-        'device': _joined(seed['device'] for seed in done),
-        'versions': {key: _joined(seed['versions'][key] for seed in done) for key in ('timm', 'torch', 'timm_lfnsb')},
-        'commit': _joined(seed['commit'] for seed in done),
+        'device': joined(seed['device'] for seed in done),
+        'versions': {key: joined(seed['versions'][key] for seed in done) for key in ('timm', 'torch', 'timm_lfnsb')},
+        'commit': joined(seed['commit'] for seed in done),
         'rows': rows,
     }
     if plan.folds:
@@ -83,10 +87,6 @@ def _mean_and_std(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         'mean': {key: statistics.fmean(value[key] for value in values) for key in METRICS} if values else None,
         'std': {key: statistics.stdev(value[key] for value in values) for key in METRICS} if len(values) > 1 else None,
     }
-
-
-def _joined(values: Iterable[Any]) -> str:
-    return ' and '.join(dict.fromkeys(map(str, values)))
 
 
 def draw(path: Path, results: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..labels import model_label_names
-from ..predict.exported import SUFFIXES, ExportedModel, one_sentence
+from ..predict.exported import INPUT_KEYS, SUFFIXES, ExportedModel, one_sentence
 from ..predict.images import find_images, read_image
 from ..predict.recognizer import input_config
 from ..version import __version__
@@ -43,7 +42,6 @@ LIMITS = {'fp32': (1e-4, 1.), 'fp16': (5e-2, 0.96), 'int8': (math.inf, 0.85)}
 @dataclass(frozen=True)
 class Report:
     """How an exported file compares with the eager model."""
-
     path: Path
     format: str
     precision: str
@@ -76,8 +74,7 @@ def export_model(
     """Write a model as a file for a runtime, run it there, and compare it with the model.
 
     Args:
-        model: A timm model with its weights; it is left alone. Its `pretrained_cfg` gives input size, normalisation
-            and label names; `ExpressionRecognizer` refuses a file without names.
+        model: A timm model with its weights; it is left alone. Its `pretrained_cfg` gives what the file says of itself.
         out: The file, with the suffix of its format (`timm_lfnsb.predict.exported.SUFFIXES`).
         format: The format once more.
         batch: Images the file takes at a time, None for any number.
@@ -93,7 +90,12 @@ def export_model(
     format = _check_arguments(out, format, batch, precision, calibrate)
     config = input_config(model)
     metadata = _metadata(model, config, precision, with_preprocess)
-    pixels = _pixels(_noise() if calibrate is None else _faces(Path(calibrate)), config)
+    # As the model's preprocessing crops and resizes them, uint8 (N, C, H, W).
+    chans = config['input_size'][0]
+    transform = create_transform(**config, is_training=False, normalize=False)
+    images = _pictures(None if calibrate is None else Path(calibrate))
+    tensors = [transform(image.convert('RGB' if chans == 3 else 'L')) for image in images]
+    pixels = torch.stack(tensors).expand(-1, chans, -1, -1).numpy()  # neither grey nor RGB: no picture fits
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     normalized = (pixels / np.float32(255) - mean.numpy()) / std.numpy()
     inputs = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)) if with_preprocess else normalized
@@ -151,36 +153,25 @@ def _metadata(model: nn.Module, config: dict[str, Any], precision: str, with_pre
         'timm_lfnsb': __version__,
         'label_names': model_label_names(model) if cfg.get('label_names') else None,
         'license': cfg.get('license') or None,
-        **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+        **{key: config[key] for key in INPUT_KEYS},
     }
     return {key: value if isinstance(value, str) else json.dumps(value)
             for key, value in entries.items() if value is not None}
 
 
-def _noise() -> list[Image.Image]:
-    """Colour noise of all grains from coarse to fine."""
+def _pictures(folder: Path | None) -> list[Image.Image]:
+    """Some to check the file on, the rest to calibrate: of a folder (or its `train` split), else colour noise."""
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (grain, grain, 3), np.uint8)) for grain in range(2, 2 + CHECK_COUNT)]
-
-
-def _faces(folder: Path) -> list[Image.Image]:
-    """Images of a folder, or of its `train` split, spread evenly: some to check the file on, the rest to calibrate."""
+    if folder is None:
+        return [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for side in range(2, 2 + CHECK_COUNT)]
     root = folder / 'train' if (folder / 'train').is_dir() else folder
     if not root.is_dir():
         raise UserError(f'there is no folder {folder} to calibrate with.')
     paths = [path for path, _ in find_images(root)]
     if len(paths) <= CHECK_COUNT:
         raise UserError(f'{folder} has {len(paths)} images: give some hundreds of faces to calibrate with.')
-    np.random.default_rng(0).shuffle(paths)
+    rng.shuffle(paths)
     return [Image.fromarray(read_image(path)) for path in paths[:CALIBRATION_COUNT + CHECK_COUNT]]
-
-
-def _pixels(images: Sequence[Image.Image], config: dict[str, Any]) -> np.ndarray:
-    """Images as the model's preprocessing crops and resizes them, uint8 (N, C, H, W)."""
-    transform = create_transform(**config, is_training=False, normalize=False)
-    chans = config['input_size'][0]
-    tensors = [transform(image.convert('RGB' if chans == 3 else 'L')) for image in images]
-    return torch.stack(tensors).expand(-1, chans, -1, -1).numpy()  # neither grey nor RGB: no picture fits
 
 
 def _compare(outputs: np.ndarray, expected: np.ndarray, classes: bool) -> tuple[float, float, float | None]:

@@ -1,8 +1,7 @@
 """Exported files, run in the runtime they were made for: ONNX Runtime, OpenVINO, torch.export and ExecuTorch.
 
-A file carries what its user has to know, as strings, lists as JSON: `model`, `label_names`, `input_size`, `mean`,
-`std`, `interpolation`, `crop_pct`, `crop_mode`, `precision` and `input`, which is 'normalized' for float32 (B, C, H, W)
-or 'uint8' for RGB (B, H, W, C). `timm_lfnsb.export.export` writes them.
+A file carries what its user has to know, as strings, lists as JSON: `model`, `label_names`, `INPUT_KEYS`, `precision`
+and `input`, which is 'normalized' for float32 (B, C, H, W) or 'uint8' for RGB (B, H, W, C).
 """
 from __future__ import annotations
 
@@ -21,6 +20,9 @@ from ..errors import UserError
 
 SUFFIXES = {'.onnx': 'onnx', '.xml': 'openvino', '.pt2': 'torch-export', '.pte': 'executorch'}
 """File suffix -> format, as `timm-lfnsb export --format` names it."""
+
+# Of the metadata: how timm's preprocessing makes the input.
+INPUT_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 # Where files of these formats keep the metadata.
 TORCH_EXTRA_FILE, OPENVINO_SECTION, EXECUTORCH_METHOD = 'timm_lfnsb.json', 'timm_lfnsb', 'metadata'

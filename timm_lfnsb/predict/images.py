@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
+from .exported import reason
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -44,14 +45,12 @@ def read_image(source: ImageInput) -> np.ndarray:
             return _from_pil(source)
         with Image.open(source) as image:
             return _from_pil(image)
+    except FileNotFoundError as error:
+        raise ImageError(f'{name}: no such file.') from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f'{name}: not an image, or damaged.') from error
     except Exception as error:  # every decoder has its own, many only when the data are read
-        reason = str(error).strip().partition('\n')[0].rstrip('.') or type(error).__name__
-        message = f'cannot be read as an image ({reason})'
-        if isinstance(error, FileNotFoundError):
-            message = 'no such file'
-        elif isinstance(error, Image.UnidentifiedImageError):
-            message = 'not an image, or damaged'
-        raise ImageError(f'{name}: {message}.') from error
+        raise ImageError(f"{name}: cannot be read as an image ({reason(error).rstrip('.')}).") from error
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..labels import canonical_name, model_label_names
 from ..models.device import to_device
 from ..models.loading import load_model
-from .exported import ExportedModel, is_exported
+from .exported import INPUT_KEYS, ExportedModel, is_exported
 from .faces import Box, HaarDetector, align_face, aligned_box, clip_box, crop_face
 from .images import ImageError, ImageInput, read_image
 
@@ -71,13 +71,10 @@ class ExpressionRecognizer:
     """
 
     def __init__(
-            self,
-            model: str | PathLike[str] | nn.Module | ExportedModel = 'lfnsb',
-            detector: str | Detector | None = 'haar',
-            margin: float = 0.,
-            batch_size: int = 32,
+            self, model: str | PathLike[str] | nn.Module | ExportedModel = 'lfnsb',
+            detector: str | Detector | None = 'haar', margin: float = 0., batch_size: int = 32,
             device: str | torch.device = 'auto',
-    ):
+    ) -> None:
         if not -0.5 < margin <= 2:
             raise ValueError(f'margin must be above -0.5 and at most 2, got {margin}.')
         if margin and detector is None:
@@ -98,8 +95,7 @@ class ExpressionRecognizer:
             if not isinstance(names, list) or len({canonical_name(str(name)) for name in names}) != len(names):
                 raise UserError(f'{model.path} has no list of different names as label_names in its metadata.')
             self.label_names = tuple(map(str, names))
-            keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-            config = {key: model.value(key) for key in keys}
+            config = {key: model.value(key) for key in INPUT_KEYS}
             config['normalize'] = model.value('input') == 'normalized'
         else:
             self.label_names = model_label_names(model)
