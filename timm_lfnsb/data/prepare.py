@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..util.files import file_sha256, replacing
-from .readers import READERS, SPLITS, VOTE_COLUMNS, Sample
+from .readers import READERS, SPLITS, VOTE_COLUMNS
 
 CLASS_MAP, DESCRIPTION, VOTES = 'class_map.txt', 'dataset.json', 'votes.csv'
 
@@ -63,7 +63,13 @@ def prepare_dataset(
     faces = READERS[dataset](source)
     if not faces.samples:
         raise UserError(f'{source} holds no images of this data set.')
-    digests = _check_images(faces.samples)
+    digests: dict[str, str] = {}
+    for sample in tqdm(faces.samples, desc='checking images', disable=None):
+        if sample.path in digests:
+            raise UserError(f'the source has two images for {sample.path}: rename or remove one.')
+        content = sample.read()
+        read_grey(io.BytesIO(content), sample.source if isinstance(sample.source, Path) else sample.path)
+        digests[sample.path] = hashlib.sha256(content).hexdigest()
     splits = {}
     for split in SPLITS:
         counts = Counter(sample.label for sample in faces.samples if sample.split == split)
@@ -107,18 +113,6 @@ def prepare_dataset(
     with replacing(target / VOTES) as path:
         path.write_text(texts[VOTES], encoding='utf-8', newline='\n')
     return description, f'was prepared before; {VOTES} was missing and is there now'
-
-
-def _check_images(samples: Sequence[Sample]) -> dict[str, str]:
-    """Decode every image; returns the SHA-256 of each path."""
-    digests: dict[str, str] = {}
-    for sample in tqdm(samples, desc='checking images', disable=None):
-        if sample.path in digests:
-            raise UserError(f'the source has two images for {sample.path}: rename or remove one.')
-        content = sample.read()
-        read_grey(io.BytesIO(content), sample.source if isinstance(sample.source, Path) else sample.path)
-        digests[sample.path] = hashlib.sha256(content).hexdigest()
-    return digests
 
 
 def read_grey(file: IO[bytes] | Path, name: str | Path, size: int = 1) -> np.ndarray:

@@ -123,9 +123,10 @@ def _read_ferplus_zips(source: Path) -> Faces:
 def _read_ferplus_csv(pixels_csv: Path, votes_csv: Path) -> Faces:
     faces = Faces('ferplus', EXPRESSIONS_8, f'{pixels_csv.name} with the votes of {votes_csv.name}')
     found: dict[str, tuple[str, str, bytes, list[int]]] = {}
-    rows = zip_longest(_csv_rows(pixels_csv, ['pixels', 'Usage']),
-                       _csv_rows(votes_csv, ['Usage', 'Image name'], [*EXPRESSIONS_8, 'unknown', 'NF']),
-                       fillvalue=({}, []))
+    nothing: tuple[dict[str, str], list[int]] = ({}, [])
+    rows = zip_longest(
+        _csv_rows(pixels_csv, ['pixels', 'Usage']),
+        _csv_rows(votes_csv, ['Usage', 'Image name'], [*EXPRESSIONS_8, 'unknown', 'NF']), fillvalue=nothing)
     for line, ((face, _), (row, votes)) in enumerate(tqdm(rows, desc='reading csv', unit=' rows', disable=None), 2):
         split = FER2013_USAGE.get(row.get('Usage', ''))
         if split is None or face.get('Usage') != row['Usage']:
@@ -216,21 +217,18 @@ def read_affectnet(source: Path, label_names: tuple[str, ...]) -> Faces:
             raise UserError(f'{source / folder} needs images/ID.jpg and annotations/ID_exp.npy of the same faces; '
                             f'{f"of {alone} one is missing" if alone else "there are none"}.')
         for face_id, image in tqdm(sorted(images.items()), desc=f'reading {folder}', disable=None):
-            path = annotations[face_id]
             try:
-                with path.open('rb') as file:  # some files hold the text '3'
-                    value = float(np.lib.format.read_array(file, allow_pickle=False).item())
-                number = int(value)
-                if number != value or number < 0:
+                value = float(np.load(annotations[face_id], allow_pickle=False).item())  # some hold the text '3'
+                if value < 0 or not value.is_integer():
                     raise ValueError
-            except (ValueError, TypeError, EOFError, OverflowError):
-                raise UserError(f'{path} is damaged: it should hold one class number.') from None
-            if number < len(label_names):
-                faces.samples.append(Sample(split, label_names[number], image.name, image))
-            elif number < len(EXPRESSIONS_8):
-                faces.dropped[split][f'{EXPRESSIONS_8[number]} (not among the {len(label_names)} classes)'] += 1
+            except (ValueError, TypeError, EOFError, AttributeError):
+                raise UserError(f'{annotations[face_id]} is damaged: it should hold one class number.') from None
+            label = EXPRESSIONS_8[int(value)] if value < 8 else None
+            if label in label_names:
+                faces.samples.append(Sample(split, label, image.name, image))
             else:
-                faces.dropped[split]['no expression (class 8 or higher)'] += 1
+                faces.dropped[split][f'{label} (not among the {len(label_names)} classes)' if label
+                                     else 'no expression (class 8 or higher)'] += 1
     return faces
 
 
@@ -241,30 +239,25 @@ def read_folder(source: Path) -> Faces:
     folder for contempt.
     """
     folders = _subfolders(source)
-    splits = {folder: split for folder in folders if (split := SPLIT_NAMES.get(folder.name.lower()))}
+    splits = {split: folder for folder in folders if (split := SPLIT_NAMES.get(folder.name.lower()))}
     if splits and len(splits) < len(folders):
-        raise UserError(f'{source} holds folders that are no split beside folders that are: move the former elsewhere ('
-                        f'{", ".join(folder.name for folder in folders if folder not in splits)}).')
-    if len(set(splits.values())) < len(splits):
-        raise UserError(f'{source} holds two folders of one split: merge them (there are '
-                        f'{", ".join(folder.name for folder in folders)}).')
-    splits = splits or {source: 'train'}
-    found = {canonical_name(folder.name) for parent in splits for folder in _subfolders(parent)}
-    label_names = EXPRESSIONS_8 if 'contempt' in found else EXPRESSIONS_7
-    faces = Faces('folder', label_names)
+        raise UserError(f'{source} holds folders that are no split beside folders that are, or two folders of one '
+                        f'split ({", ".join(folder.name for folder in folders)}): move or merge them.')
+    splits = splits or {'train': source}
+    found = {canonical_name(folder.name) for parent in splits.values() for folder in _subfolders(parent)}
+    faces = Faces('folder', EXPRESSIONS_8 if 'contempt' in found else EXPRESSIONS_7)
     notes = []
-    for parent, split in sorted(splits.items(), key=lambda item: SPLITS.index(item[1])):
+    for split, parent in sorted(splits.items(), key=lambda item: SPLITS.index(item[0])):
         folders = _subfolders(parent)
-        indices = match_labels([folder.name for folder in folders], label_names)
-        labels = {name: label_names[index] for name, index in indices.items()}
-        for folder in folders:
-            for path in sorted(folder.iterdir()):
-                if path.is_dir():
-                    raise UserError(f'{path} is a folder inside a label folder: move its images one level up.')
-                if is_img_extension(path.suffix.lower()):
-                    faces.samples.append(Sample(split, labels[folder.name], path.name, path))
-                else:
-                    faces.dropped[split]['not a png or jpg file'] += 1
+        indices = match_labels([folder.name for folder in folders], faces.label_names)
+        labels = {name: faces.label_names[index] for name, index in indices.items()}
+        for path in (path for folder in folders for path in sorted(folder.iterdir())):
+            if path.is_dir():
+                raise UserError(f'{path} is a folder inside a label folder: move its images one level up.')
+            if is_img_extension(path.suffix.lower()):
+                faces.samples.append(Sample(split, labels[path.parent.name], path.name, path))
+            else:
+                faces.dropped[split]['not a png or jpg file'] += 1
         origin = 'no split folders' if parent == source else parent.name
         notes.append(f"{split} ({origin}): {', '.join(f'{name} as {label}' for name, label in labels.items())}")
     faces.note = '; '.join(notes)

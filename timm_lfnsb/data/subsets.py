@@ -26,10 +26,8 @@ from .prepare import building, read_grey
 FOLD_METHOD = 1
 """To be raised where a change here gives other folds."""
 
-# Side of the thumbnails compared all with all and of those that confirm, and the shift tried, in pixels; correlation
-# from which a pair is looked at more closely, and from which its images are near-identical. Chosen on FER+, by eye:
-# above 0.92 nearly all pairs are one photograph (cropped, brightened, compressed or mirrored anew), below 0.9 most are
-# two people. A wrong pair costs nothing but that two faces share a fold.
+# Sides of the two thumbnails and shift in pixels, and the correlations to exceed. Chosen on FER+, by eye: above 0.92
+# nearly all pairs are one photograph, below 0.9 most are two people. A wrong pair only makes two faces share a fold.
 COARSE, FINE, SHIFT = 12, 32, 2
 COARSE_SIMILARITY, SIMILARITY = 0.87, 0.92
 
@@ -41,20 +39,17 @@ def list_images(data_dir: Path, split: str | None = None) -> list[str]:
         UserError: When there are none.
     """
     images = []
-    for folder in data_dir.glob(split or '*'):
-        if folder.is_dir():
-            with suppress(RuntimeError):  # a folder without images
-                samples = create_dataset('', root=str(folder), search_split=False).reader.samples
-                images += [Path(path).relative_to(data_dir).as_posix() for path, _ in samples]
+    for folder in filter(Path.is_dir, data_dir.glob(split or '*')):
+        with suppress(RuntimeError):  # a folder without images
+            samples = create_dataset('', root=str(folder), search_split=False).reader.samples
+            images += [Path(path).relative_to(data_dir).as_posix() for path, _ in samples]
     if not images:
         raise UserError(f"{data_dir} has no images in {split or 'SPLIT'}/LABEL: make it with timm-lfnsb prepare.")
     return sorted(images)
 
 
 def choose_subset(images: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """Draw a fixed subset with the classes' shares: the same for the same images, count and seed.
-
-    Each class gets its share of `count`, rounded so that the sum is exact (largest remainder), and at least one image.
+    """Draw a subset with the classes' shares, at least one image each: the same for the same images, count and seed.
 
     Raises:
         UserError: When the count is below the number of classes, or above that of images.
@@ -65,7 +60,7 @@ def choose_subset(images: Sequence[str], count: int, seed: int = 0) -> list[str]
     if not len(classes) <= count <= len(images):
         raise UserError(f'a subset of {count} cannot be drawn from {len(images)} images of {len(classes)} classes.')
     exact = {label: count * len(members) / len(images) for label, members in classes.items()}
-    sizes = dict.fromkeys(classes, 1)
+    sizes = dict.fromkeys(classes, 1)  # the rest goes, one by one, to the class that lacks most
     for _ in range(count - len(classes)):
         sizes[max(sizes, key=lambda label: (exact[label] - sizes[label], label))] += 1
     chosen = []
@@ -94,12 +89,10 @@ def write_subset(data_dir: Path, train_split: str, chosen: Sequence[str], target
 
 
 def near_identical_groups(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Number the images so that near-identical ones, and those linked by others, get one number.
+    """Group numbers (N,) from 0 of N grey images, uint8 (H, W): near-identical ones, and those they link, share one.
 
-    Similarity is Pearson's correlation of grey values, which ignores brightness and contrast. All pairs are compared at
-    12x12, where a shift by a pixel of a 48 px face hardly shows; those that correlate by over 0.87 again at 32x32,
-    shifted by up to two pixels in each direction, as they are and mirrored. Takes N grey images of any size, uint8
-    (H, W), and returns group numbers (N,) from 0.
+    Pearson's correlation of grey values ignores brightness and contrast. All pairs are compared at 12x12, as they are
+    and mirrored; those that correlate by over 0.87 again at 32x32, shifted by up to two pixels in each direction.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -137,10 +130,9 @@ def assign_folds(labels: Sequence[str], groups: np.ndarray, folds: int, seed: in
     scarce = ', '.join(f'{count} {label}' for label, count in sorted(distinct.items()) if count < folds)
     if scarce:
         raise UserError(f'{folds} folds are too many: there are only {scarce} images that are not near-identical.')
-    indices = np.unique(labels, return_inverse=True)[1]
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    assigned = np.full(len(indices), -1)
-    for fold, (_, members) in enumerate(splitter.split(np.zeros(len(indices)), indices, groups)):
+    assigned = np.full(len(labels), -1)
+    for fold, (_, members) in enumerate(splitter.split(labels, labels, groups)):
         assigned[members] = fold
     return assigned
 
@@ -151,9 +143,9 @@ def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: i
         TARGET/fold-I/LABEL/SPLIT-FILE    the images, each once
         TARGET/run-I/train/fold-J         all folds but one
         TARGET/run-I/validation           that one
-        TARGET/folds.json                 what was done
+        TARGET/folds.json                 what was done, also returned
 
-    A target with these very folds, told by the data's checksum, is left as it is. Returns the content of folds.json.
+    A target with these very folds, told by the data's checksum, is left as it is.
 
     Raises:
         UserError: When the target holds other folds, an image cannot be read, or a class has too few images.
@@ -179,11 +171,8 @@ def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: i
                 part = 'validation' if other == run else f'train/fold-{other}'
                 _link(Path('../' * part.count('/') + f'../fold-{other}'), tree / f'run-{run}' / part)
         description = {
-            **identity,
-            'images': len(images),
-            'near_identical_groups': int((sizes > 1).sum()),
-            'images_in_them': int(sizes[sizes > 1].sum()),
-            'largest_group': int(sizes.max()),
+            **identity, 'images': len(images), 'near_identical_groups': int((sizes > 1).sum()),
+            'images_in_them': int(sizes[sizes > 1].sum()), 'largest_group': int(sizes.max()),
             'counts': [dict(sorted(count.items())) for count in counts],
         }
         write_json(tree / 'folds.json', description)

@@ -19,7 +19,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_name
     image = axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
     for (row, column), value in np.ma.ndenumerate(percent):
         axes.text(column, row, f'{value:.1f}', ha='center', va='center', color='white' if value > 50 else 'black')
-    for row in np.flatnonzero(totals == 0):
+    for row in np.flatnonzero(totals == 0).tolist():
         axes.text((len(counts) - 1) / 2, row, 'no images', ha='center', va='center', color='0.4')
     axes.set_xticks(range(len(counts)), label_names, rotation=45, ha='right', rotation_mode='anchor')
     axes.set_yticks(range(len(counts)), [f'{name} ({n})' for name, n in zip(label_names, totals, strict=True)])
