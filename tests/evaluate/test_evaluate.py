@@ -47,8 +47,8 @@ def make_tree(root, label_names=EXPRESSIONS_7, folders=None, per_class=3, split=
     return root
 
 
-def make_model(label_names, seed=0):
-    torch.manual_seed(seed)
+def make_model(label_names):
+    torch.manual_seed(0)
     model = timm.create_model('lfnsb', num_classes=len(label_names), pretrained_cfg_overlay=dict(
         label_names=tuple(label_names), num_classes=len(label_names), input_size=(3, 32, 32)))
     # An untrained network gives nearly the same answer to everything: fit its statistics, and spread the logits.
@@ -140,12 +140,10 @@ def test_batch_size_workers_and_names_of_folders_do_not_matter(model, tree, pred
 
 def test_the_order_of_the_outputs_does_not_matter(model, tree, predictions):
     names = EXPRESSIONS_7[3:] + EXPRESSIONS_7[:3]
-    permuted = make_model(names)
-    permuted.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        order = [EXPRESSIONS_7.index(name) for name in names]
-        permuted.fc.weight.copy_(model.fc.weight[order])
-        permuted.fc.bias.copy_(model.fc.bias[order])
+    permuted = copy.deepcopy(model)
+    permuted.pretrained_cfg['label_names'] = names
+    for parameter in permuted.fc.parameters():
+        parameter.data = parameter.data[[EXPRESSIONS_7.index(name) for name in names]]
     metrics, expected = compute_metrics(predict_folder(permuted, tree, **FAST)), compute_metrics(predictions)
     assert metrics['per_class'].keys() == set(names)
     for key in 'accuracy', 'balanced_accuracy', 'macro_f1', 'ece', 'per_class':
@@ -337,11 +335,11 @@ def test_every_image_format_counts(model, tmp_path):
     assert len(predict_folder(model, tmp_path, **FAST).files) == 23
 
 
-@pytest.mark.parametrize('workers, content', [(0, b''), (0, b'no image'), (0, 'truncated'), (1, 'truncated')])
-def test_an_unreadable_image_is_named(saved, tmp_path, workers, content):
+@pytest.mark.parametrize('workers, length', [(0, 0), (0, 600), (1, 600)])
+def test_an_unreadable_image_is_named(saved, tmp_path, workers, length):
     make_tree(tmp_path / 'data')
     broken = tmp_path / 'data' / 'test' / 'fear' / 'fear1.png'
-    broken.write_bytes(broken.read_bytes()[:600] if content == 'truncated' else content)
+    broken.write_bytes(broken.read_bytes()[:length])
     result = run('--model', saved, '--data-dir', tmp_path / 'data', '--out', tmp_path / 'out', '--workers', workers)
     assert result.exit_code == 1 and f'\nError: cannot read the image {broken}' in result.stderr
     assert 'Traceback' not in result.output and not list((tmp_path / 'out').iterdir())

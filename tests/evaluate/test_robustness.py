@@ -15,8 +15,6 @@ from timm_lfnsb.cli import main
 from timm_lfnsb.evaluate.predictions import predict_folder
 from timm_lfnsb.evaluate.robustness import PERTURBATIONS, SKIN, measure_robustness, robustness_table
 
-LABELS = ('neutral', 'happiness', 'sadness', 'anger')
-
 
 @pytest.fixture
 def picture() -> Image.Image:
