@@ -92,10 +92,12 @@ class CosineHarmonyMixin(TrainingTask):
         """Class centers (C, D) of the loss."""
         return unwrap_model(self.trainable_module).loss.centers
 
-    def prepare_distributed(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> Any:
         # Ranks draw with seeds of their own, and DDP may be told to leave buffers (fixed centers) alone.
         torch.distributed.broadcast(self.centers.data, src=0)
-        return super().prepare_distributed(*args, **kwargs)
+        if self.device.type == 'cpu':  # timm's script names the device even then, which DDP refuses
+            device_ids = None
+        return super().prepare_distributed(device_ids, **ddp_kwargs)
 
     def compile(  # type: ignore[override]  # timm's own signature, not nn.Module's
             self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
