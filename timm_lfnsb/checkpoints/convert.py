@@ -84,7 +84,7 @@ def convert(
             raise UserError(f"does not fit the network {model}: {'; '.join(problems)}.")
         label_names = resolve_labels(labels, num_classes)
         # Without numbers, so that none can be left at its random start.
-        network = timm.create_model(model, pretrained=False, num_classes=num_classes, device='meta')
+        network: Any = timm.create_model(model, pretrained=False, num_classes=num_classes, device='meta')
         network.load_state_dict(read_tensors(tensors, taken, network), strict=True, assign=True)
     except UserError as error:
         raise UserError(f'{source} {error}') from None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
-from torchvision.transforms.functional import adjust_brightness, center_crop, pad  # type: ignore[import-untyped]
+from torchvision.transforms.functional import adjust_brightness, center_crop, pad
 
 from ..errors import UserError
 from ..models.loading import load_model
