@@ -23,7 +23,9 @@ def export(model: str, out: Path, batch: str, **options: Any) -> None:
     MODEL is a timm name with weights, local-dir:PATH or hf-hub:ID. It is reparameterised, and its label names and input
     settings go into the file. The file is then run in its own runtime: if it disagrees with the model, there is none.
 
-    Needs pip install "timm-lfnsb[export]", for .pte files pip install "timm-lfnsb[executorch]".
+    \b
+    It needs       pip install "timm-lfnsb[export]"
+    for .pte files pip install "timm-lfnsb[executorch]"
     """
     if batch != 'dynamic' and not (batch.isdecimal() and int(batch) >= 1):
         raise click.UsageError(f"--batch is a number from 1 on, or 'dynamic', not {batch!r}.")

@@ -24,8 +24,8 @@ CASCADE = 'haarcascade_frontalface_default.xml'
 class HaarDetector:
     """OpenCV's frontal face cascade, with settings that find few false faces.
 
-    It sees upright, frontal faces of at least 24 pixels, and a twentieth of the picture's shorter side. UserError where
-    the installed OpenCV comes without it.
+    It sees upright, frontal faces of at least 24 pixels, and a twentieth of the picture's shorter side. Profiles,
+    tilted heads and faces cut by the border are often missed. UserError where OpenCV comes without the cascade.
     """
 
     def __init__(self) -> None:
