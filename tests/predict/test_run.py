@@ -104,6 +104,13 @@ def test_annotated_pictures(folder):
     assert (folder / 'photos' / 'trip' / 'ann-2.png').exists()
 
 
+def test_a_missing_sample_picture_is_one_sentence(monkeypatch, tmp_path):
+    import skimage
+    monkeypatch.setattr(skimage, '__file__', str(tmp_path / '__init__.py'))
+    code, _, err = predict('--sample')
+    assert code == 1 and 'scikit-image brings it' in err and len(err.strip().splitlines()) == 1
+
+
 def test_sample_whole_images_and_margin(folder):
     code, out, _ = predict('--sample')
     assert code == 0 and ' happiness ' in out

@@ -105,6 +105,13 @@ def find_images(path: Path, skip: Path | None = None) -> list[tuple[Path, Path]]
 
 
 def sample_picture() -> Path:
-    """NASA's portrait of Eileen Collins, which comes with scikit-image."""
-    import skimage
-    return Path(skimage.__file__).parent / 'data' / 'astronaut.png'
+    """NASA's portrait of Eileen Collins, which comes with scikit-image; UserError where that is missing."""
+    try:
+        import skimage
+        path = Path(skimage.__file__).parent / 'data' / 'astronaut.png'
+    except ImportError:
+        path = None
+    if path is None or not path.is_file():
+        raise UserError(
+            'the sample picture is missing: pip install --force-reinstall --no-deps scikit-image brings it.')
+    return path
