@@ -15,7 +15,7 @@ Modules: MixConv - https://arxiv.org/abs/1907.09595; coordinate attention - http
 RepVGGDW - https://arxiv.org/abs/2307.09283; Spatial Bias - https://doi.org/10.1016/j.eswa.2023.122053
 
 Where the papers and the authors' released code disagree, these networks follow the released code, which is what
-gives the published parameter counts; the README lists the differences.
+gives the published parameter counts; results/paper.md lists the differences.
 """
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple, Union
 
