@@ -89,6 +89,7 @@ def test_other_scripts_run_as_they_are_and_import_their_siblings(tmp_path):
     (['--label-votes', __file__, '--aug-splits', '3'], ['--label-votes cannot be combined', '--aug-splits']),
     (['--logit-adjustment', '-1'], ['--logit-adjustment', 'negative']),
     (['--photo-look', '2'], ['--photo-look', '[0, 1]']),
+    (['--pretrained-path', 'weights.safetensors'], ['--pretrained-path', 'add --pretrained']),
     (['--val-split', 'test'], ["no split 'test'", 'train, validation']),  # timm would take the whole folder
     (['--config', 'no-such-recipe'], ['no-such-recipe', recipe_names()[0]]),
 ])

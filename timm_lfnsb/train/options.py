@@ -113,6 +113,10 @@ def check_options(options: argparse.Namespace, script: dict[str, Any]) -> None:
     if options.cosine_harmony_variant not in VARIANTS:  # argparse does not check what comes from YAML
         raise UserError(f"--cosine-harmony-variant must be one of {', '.join(VARIANTS)}.")
 
+    if value('pretrained_path') and not value('pretrained'):
+        raise UserError('--pretrained-path has no effect without --pretrained, and training would begin at random: add '
+                        '--pretrained.')
+
     whole_images = {
         'the NaFlex loader (--naflex-loader)': value('naflex_loader'),
         'augmentation splits (--aug-splits, --jsd-loss)': value('aug_splits') or value('jsd_loss'),
