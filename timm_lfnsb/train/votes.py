@@ -17,6 +17,7 @@ import torch
 
 from ..labels import EXPRESSIONS_8, canonical_name
 from .datasets import DatasetWrapper, folder_targets
+from .options import rank
 
 _logger = logging.getLogger(__name__)
 
@@ -132,9 +133,10 @@ class VotedDataset(DatasetWrapper):
         self.targets = folders.clone().share_memory_()
         dataset.reader.samples = DrawnSamples(files, self.targets)
         self.set_epoch(0)
-        counts = zip(label_names, folders.bincount(minlength=len(label_names)), self.probabilities.sum(0), strict=True)
-        _logger.info('Labels are drawn from votes, expected images of an epoch: ' + ', '.join(
-            f'{name} {before} -> {after:.0f}' for name, before, after in counts))
+        if rank() == 0:
+            counts = folders.bincount(minlength=len(label_names)), self.probabilities.sum(0)
+            _logger.info('Labels are drawn from votes, expected images of an epoch: ' + ', '.join(
+                f'{name} {before} -> {after:.0f}' for name, before, after in zip(label_names, *counts, strict=True)))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the labels of an epoch; timm's train script calls this before each."""
