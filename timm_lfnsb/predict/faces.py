@@ -35,6 +35,8 @@ YUNET_SIDES = 320, 1024
 """Longest sides at which a picture is searched: faces that fill a large input are not seen, nor tiny ones at 320."""
 UPRIGHT_SCORE = 0.88
 """Below this score of its best face a picture is searched in the other turns, too; see `YuNetDetector`."""
+TURNED_SCORE = 0.85
+"""What the best face must reach there: animals and textures have more chances to look like a face."""
 MIN_INPUT = 64  # OpenCV 4 reads memory that was never written where a side is up to 32
 
 
@@ -98,6 +100,7 @@ class YuNetDetector:
         # It sees faces that lie or stand on their heads, too, but less surely, and takes them for upright ones.
         if self.turn and _best(views[0]) < UPRIGHT_SCORE:
             views |= {90 * quarters: self._search(np.rot90(small, quarters)) for quarters in (1, 2, 3)}
+            views = {turn: found for turn, found in views.items() if turn == 0 or _best(found) >= TURNED_SCORE}
         turn = max(views, key=lambda angle: _best(views[angle]) + 0.05 * (angle == 0))
         found = views[turn]
         # Corners and points as (N, 7, 2), back to the picture as it was given.
@@ -170,6 +173,29 @@ def crop_face(image: np.ndarray, box: Any, margin: float = 0.) -> np.ndarray:
     return image[np.ix_(rows.clip(0, image.shape[0] - 1), columns.clip(0, image.shape[1] - 1))]
 
 
+def crop_upright(image: np.ndarray, box: Any, five_points: Any, margin: float = 0.) -> np.ndarray:
+    """As `crop_face`, turned around the middle so that the five points stand as upright as in FER+'s frames.
+
+    Bilinear, at the size that the face has, but for very small and very large ones.
+    """
+    x, y, width, height = box
+    side = max(width, height) * (1 + 2 * margin)
+    size = crop_size(side)
+    matrix = align_matrix(five_points, template=FERPLUS_TEMPLATE)[:, :2]
+    matrix *= size / side / math.hypot(*matrix[:, 0])
+    shift = (size - 1) / 2 - matrix @ (x + width / 2 - 0.5, y + height / 2 - 0.5)
+    return _warped(image, np.column_stack([matrix, shift]), size)
+
+
+def crop_size(side: float) -> int:
+    """The side of a crop that is sampled from `side` pixels: a network's own transform shrinks better than sampling."""
+    return min(max(round(side), 48), 1024)
+
+
+def _warped(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
 def align_matrix(five_points: Any, size: int = 112, template: np.ndarray = FIVE_POINT_TEMPLATE) -> np.ndarray:
     """Least-squares similarity transform (2, 3) from image pixels to crop pixels; see `align_face`."""
     points = np.asarray(five_points, dtype=np.float64)
@@ -208,8 +234,7 @@ def align_face(
         ValueError: When the points are not five finite (x, y) pairs, or lie where no transform fits.
     """
     matrix = align_matrix(five_points, size, template)
-    return cv2.warpAffine(
-        read_image(image), matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return _warped(read_image(image), matrix, size)
 
 
 def aligned_box(
@@ -228,4 +253,6 @@ def clip_box(box: Any, image: np.ndarray) -> Box:
     right, bottom = min(image.shape[1], round(x + width)), min(image.shape[0], round(y + height))
     if right <= left or bottom <= top:
         raise ValueError(f'the detector gave the box {x:g}, {y:g}, {width:g}, {height:g}: empty, or outside the image.')
+    if max(width, height) > 3 * max(image.shape):
+        raise ValueError(f'the detector gave the box {x:g}, {y:g}, {width:g}, {height:g}: far larger than the image.')
     return left, top, right - left, bottom - top

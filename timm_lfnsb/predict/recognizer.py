@@ -32,6 +32,8 @@ from .faces import (
     aligned_box,
     clip_box,
     crop_face,
+    crop_size,
+    crop_upright,
 )
 from .images import ImageError, ImageInput, read_image
 
@@ -81,8 +83,8 @@ class ExpressionRecognizer:
             from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width, height in pixels, to five points of each
             face (N, 5, 2), with which the crop is `align_face`, to a list of `Detection`, or to None for no face. It
             is called from one thread at a time, as long as `stream` is.
-        margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2. FER+ was
-            cut with this kind of box, so by default none.
+        margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2. The boxes
+            are as large as FER+'s frames, so by default none. Tilted faces are turned upright by their points.
         align: Cut faces out by their five points, which come to lie as in FER+, in place of their boxes.
         min_score, turn: For 'yunet', see `YuNetDetector`.
         batch_size: Number of faces that go through the network together.
@@ -251,10 +253,12 @@ class ExpressionRecognizer:
         elif self.align:
             if points is None:
                 raise ValueError('align needs five points of each face, and the detector gave boxes.')
-            side = round(aligned_box(points, FERPLUS_TEMPLATE)[2])  # as large as it is: the network's transform shrinks
-            crop = align_face(image, points, min(max(side, 48), 448), FERPLUS_TEMPLATE)
+            size = crop_size(aligned_box(points, FERPLUS_TEMPLATE)[2])
+            crop = align_face(image, points, size, FERPLUS_TEMPLATE)
         elif aligned:
             crop = align_face(image, points)
+        elif points is not None:
+            crop = crop_upright(image, box, points, self.margin)
         else:
             crop = np.rot90(crop_face(image, box, self.margin), turn // 90)
         return place, self._transform(Image.fromarray(crop).convert(self._mode))
