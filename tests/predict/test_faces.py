@@ -27,7 +27,8 @@ def test_faces_of_any_size_largest_first(portrait):
         [face] = detector(cv2.resize(portrait, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
         np.testing.assert_allclose(np.array(face.box) / scale, (79, 43, 90, 112), atol=8)
         assert 0.8 < face.score < 1 and face.turn == 0
-        np.testing.assert_allclose(face.points / scale, [(104, 81), (145, 82), (123, 105), (103, 124), (140, 122)], atol=6)
+        points = [(104, 81), (145, 82), (123, 105), (103, 124), (140, 122)]
+        np.testing.assert_allclose(face.points / scale, points, atol=6)
     image = np.zeros((200, 400, 3), np.uint8)
     image[:133, :160], image[:, 160:] = cv2.resize(portrait, (160, 133), interpolation=cv2.INTER_AREA), portrait
     first, second = detector(image)
@@ -57,7 +58,8 @@ def test_upright_crops(portrait):
     [upright] = YuNetDetector()(portrait)
     smooth = cv2.GaussianBlur(portrait, (0, 0), 3)
     expected = crop_upright(smooth, upright.box, upright.points)
-    assert np.abs(expected.astype(int) - crop_face(smooth, upright.box)).mean() < 12  # she holds her head nearly upright
+    # She holds her head nearly upright.
+    assert np.abs(expected.astype(int) - crop_face(smooth, upright.box)).mean() < 12
     x, y, width, height = upright.box
     matrix = cv2.getRotationMatrix2D((x + width / 2 - 0.5, y + height / 2 - 0.5), 20, 1)
     tilted = cv2.warpAffine(smooth, matrix, smooth.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)

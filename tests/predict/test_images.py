@@ -100,9 +100,9 @@ def test_wrong_arrays_and_types():
         with pytest.raises(ImageError, match='image array'):
             read_image(np.zeros(shape, dtype))
     for wrong in (None, 3, ['photo.jpg']):
-        with pytest.raises(ImageError, match='not (NoneType|int|list)'):
+        with pytest.raises(ImageError, match=r'not (NoneType|int|list)'):
             read_image(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ImageError, match='^frame 7: an image array'):
+    with pytest.raises(ImageError, match=r'^frame 7: an image array'):
         read_image(np.zeros((4, 4, 2), np.uint8), 'frame 7')
 
 
@@ -119,7 +119,7 @@ def test_contents_and_tensors(gradient):
             read_image(source)
 
 
-@pytest.mark.parametrize('name, advice', [('a.heic', 'pillow-heif'), ('a.NEF', 'JPEG'), ('a.jxl', 'JPEG'), ('a.png', '')])
+@pytest.mark.parametrize('name, advice', [('a.heic', 'pillow-heif'), ('a.NEF', 'JPEG'), ('a.png', '')])
 def test_unknown_formats_say_what_reads_them(tmp_path, name, advice):
     (tmp_path / name).write_bytes(bytes(500))
     assert find_images(tmp_path)

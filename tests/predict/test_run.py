@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import timm
@@ -24,9 +25,9 @@ def folder(tmp_path, monkeypatch, portrait):
     return tmp_path
 
 
-def predict(*args) -> tuple[int, str, str]:
+def predict(*args, encoding: str = 'utf-8') -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
-    result = CliRunner().invoke(main, ['predict', *map(str, args)])
+    result = CliRunner(charset=encoding).invoke(main, ['predict', *map(str, args)])
     assert isinstance(result.exception, SystemExit | None), result.exception
     return result.exit_code, result.stdout, result.stderr
 
@@ -68,6 +69,26 @@ def test_lines_come_while_later_images_are_still_to_be_read(folder):
     assert 'sky.png' in next(lines)[0]
     (folder / 'photos' / 'trip' / 'ann.png').write_bytes(b'')
     assert [kind for _, kind in lines] == ['problem', 'result']
+
+
+def test_interrupt_finishes_what_was_read(folder):
+    """Ctrl-C while the second image is under way; every image that was read comes out, and no more are read."""
+    paths = [folder / 'photos' / 'sky.png'] * 40
+    handler = signal.getsignal(signal.SIGINT)
+    lines = run.predict_lines(paths, as_json=True, batch_size=1, workers=2)
+    next(lines)
+    signal.raise_signal(signal.SIGINT)
+    *results, (last, kind) = lines
+    assert 1 <= len(results) <= 6 and {kind for _, kind in results} == {'result'}
+    assert kind == 'problem' and last == f'Interrupted after {len(results) + 1} of 40 images.'
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_names_that_the_output_cannot_show(folder):
+    """A line break in a name stays in the name's row, and a letter that the encoding lacks is escaped."""
+    (folder / 'photos' / 'sky.png').rename(folder / 'new\nline 日.png')
+    code, out, _ = predict(folder / 'new\nline 日.png', encoding='cp1252')
+    assert code == 0 and 'new\\nline \\u65e5.png' in out.splitlines()[1]
 
 
 def test_bad_images_are_reported_and_the_rest_goes_on(folder):

@@ -41,8 +41,10 @@ def evaluate_detector(
     """
     root = Path(data_dir) / split
     if not root.is_dir():
-        raise UserError(f'there is no folder {root}.')
+        raise UserError(f'there is no folder {root}: its pictures belong into {root / "LABEL"}.')
     files = [path for path, _ in find_images(root)]
+    if any(path.parent == root for path in files):
+        raise UserError(f'{root} has images outside of the label folders: move them into {root / "LABEL"}.')
     names = sorted({path.parent.name for path in files})
     counted = all(name.isdecimal() for name in names)
     recognize = ExpressionRecognizer(model, detector, **settings)
@@ -53,7 +55,7 @@ def evaluate_detector(
     pictures = _pictures(tqdm(files, desc=split, unit='image', disable=not progress), enlarge, border)
     for path, faces in zip(files, recognize.stream(pictures), strict=True):
         if isinstance(faces, ImageError):
-            raise UserError(f'{path}: {faces}') from faces
+            raise UserError(str(faces)) from faces
         there = int(path.parent.name) if counted else 1
         figures['pictures'] += 1
         figures['faces'] += there

@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
@@ -81,8 +79,7 @@ class ExpressionRecognizer:
             which is moved to the device and put into eval mode; or a file that `timm-lfnsb export` wrote.
         detector: 'yunet' for `YuNetDetector`; None for images that are faces already, each taken whole; or a function
             from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width, height in pixels, to five points of each
-            face (N, 5, 2), with which the crop is `align_face`, to a list of `Detection`, or to None for no face. It
-            is called from one thread at a time, as long as `stream` is.
+            face (N, 5, 2), with which the crop is `align_face`, to a list of `Detection`, or to None for no face.
         margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2. The boxes
             are as large as FER+'s frames, so by default none. Tilted faces are turned upright by their points.
         align: Cut faces out by their five points, which come to lie as in FER+, in place of their boxes.
@@ -182,45 +179,47 @@ class ExpressionRecognizer:
         yield from self._recognize(pending, crops)
 
     def _prepared(self, images: Iterable[ImageInput]) -> Iterator[_Prepared]:
-        """What `_prepare` gives for each image in order, some ahead in a pool."""
-        # Other people's detectors are not asked by several threads at once.
-        lock = nullcontext() if isinstance(self.detector, YuNetDetector) else threading.Lock()
-        # A pool of threads makes its networks anew: not worth it for a single image.
+        """What `_find` gives for each image in order, some ahead in a pool."""
+        # A pool's threads make networks of their own: not worth it for a single image.
         if self.workers < 1 or (isinstance(images, (list, tuple)) and len(images) < 2):
-            yield from (self._prepare(number, source, lock) for number, source in enumerate(images, 1))
+            yield from (self._find(*self._read(number, source)) for number, source in enumerate(images, 1))
             return
+        # Other people's detectors may keep state: they see the images in order, in this thread.
+        ours = self.detector is None or isinstance(self.detector, YuNetDetector)
+
+        def work(number: int, source: ImageInput, read: tuple[str, np.ndarray | ImageError] | None) -> Any:
+            read = read or self._read(number, source)
+            return self._find(*read) if ours else read
+
         numbered, queue = enumerate(images, 1), deque[Future[Any]]()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 while True:
                     for number, source in islice(numbered, 2 * self.workers - len(queue)):
-                        if not isinstance(source, (str, PathLike, bytes)):
-                            # Read here and copied: files, lazy pictures and buffers may be shared, or used again.
-                            try:
-                                source = np.array(read_image(source, f'image {number}'))
-                            except ImageError as error:
-                                queue.append(Future())
-                                queue[-1].set_result(error)
-                                continue
-                        queue.append(pool.submit(self._prepare, number, source, lock))
+                        # All but files is read here, and copied: it may be shared, or written over for the next image.
+                        here = not isinstance(source, (str, PathLike, bytes))
+                        queue.append(pool.submit(work, number, source, self._read(number, source) if here else None))
                     if not queue:
                         break
-                    yield queue.popleft().result()
+                    done = queue.popleft().result()
+                    yield done if ours else self._find(*done)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(
-            self, number: int, source: ImageInput, lock: AbstractContextManager[Any],
-    ) -> _Prepared:
-        """Where each face is, in the words of `Face`, and its crop as the network's input; or what is wrong."""
+    def _read(self, number: int, source: ImageInput) -> tuple[str, np.ndarray | ImageError]:
+        """What errors call an image, and the image, of which nobody else has the memory."""
         name = os.fspath(source) if isinstance(source, (str, PathLike)) else f'image {number}'
         try:
-            image = read_image(source, name)
+            return name, np.array(read_image(source, name))
         except ImageError as error:
-            return error
+            return name, error
+
+    def _find(self, name: str, image: np.ndarray | ImageError) -> _Prepared:
+        """Where each face is, in the words of `Face`, and its crop as the network's input; or what is wrong."""
+        if isinstance(image, ImageError):
+            return image
         try:
-            with lock:
-                found, aligned = self._detect(image)
+            found, aligned = self._detect(image)
             return [self._cut(image, detection, aligned) for detection in found]
         except Exception as error:  # a detector is anybody's
             failure = ImageError(f'{name}: {reason(error)}')

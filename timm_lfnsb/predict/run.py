@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from click import format_filename
+from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -54,6 +56,7 @@ def predict_lines(
         raise UserError(str(error)) from error
     if annotate:
         annotate.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # large pictures are wanted here
     targets = annotation_paths(found, annotate) if annotate else []
     yield from ((problem, 'problem') for problem in problems)
 
