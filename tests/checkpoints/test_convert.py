@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import sys
 import types
@@ -27,6 +28,7 @@ OURS = {'lfnsb_7': ('lfnsb', 'rafdb'), 'lfnsb_8': ('lfnsb', 'affectnet8'), 'ddam
 RAFDB = ('surprise', 'fear', 'disgust', 'happiness', 'sadness', 'anger', 'neutral')
 
 
+@functools.cache
 def authors_weights(name: str) -> dict[str, torch.Tensor]:
     return rule_weights(golden_networks()[name]['keys'], golden_networks()[name]['salt'])
 
@@ -54,7 +56,7 @@ def fails(source: Path, model: str = 'lfnsb', **kwargs) -> str:
         convert(source, model, source.parent / 'never', **kwargs)
     assert list(source.parent.iterdir()) == [source]
     message = str(caught.value)
-    assert message.startswith(str(source)) and message.endswith('.') and '\n' not in message and len(message) < 2500
+    assert message.startswith((str(source), 'the model has')) and message.endswith('.') and len(message) < 2500
     return message
 
 
@@ -68,25 +70,22 @@ def test_golden_outputs_and_labels(name, tmp_path):
     ours, labels = OURS[name]
     converted = convert(tmp_path / 'epoch20.pth', ours, tmp_path / 'out', labels)
     model = check_golden(name, tmp_path / 'out')
-    expected = {'rafdb': RAFDB, 'affectnet7': EXPRESSIONS_7, 'affectnet8': EXPRESSIONS_8, None: ()}[labels]
-    assert converted.label_names == expected and converted.kind == 'state dict'
-    assert not converted.foreign and not converted.warning
+    expected = LABEL_SETS[labels] if labels else ()
+    assert converted.label_names == expected and not converted.foreign and not converted.warning
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert tuple(config.get('label_names', ())) == tuple(model.pretrained_cfg.get('label_names') or ()) == expected
     assert config['converted_from']['file'] == 'epoch20.pth' and len(config['converted_from']['sha256']) == 64
-    assert not {'license', 'tag', 'file', 'url', 'hf_hub_id'} & set(config['pretrained_cfg'])
+    assert not {'license', 'tag', 'file', 'url', 'hf_hub_id'} & set(config['pretrained_cfg'])  # it claims nothing
     assert timm.data.resolve_model_data_config(model)['crop_mode'] == 'squash'
 
 
 @pytest.mark.parametrize('store', {
-    'module prefix': lambda w, path: torch.save(
-        {'state_dict': collections.OrderedDict({f'module.{key}': v for key, v in w.items()}), 'epoch': 3}, path),
-    'twice': lambda w, path: torch.save({'model': {'state_dict': w}, 'acc': np.float32(0.91)}, path),
+    'module prefix, wrapped twice': lambda w, path: torch.save({'model': {'state_dict': collections.OrderedDict(
+        {f'module.{key}': v for key, v in w.items()})}, 'acc': np.float32(0.91)}, path),
     'name and whole optimizer beside': lambda w, path: torch.save(
         {'model': 'LFNSB', 'net': w, 'optimizer': torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])}, path),
-    'double': lambda w, path: torch.save({key: torch.nn.Parameter(v.double()) for key, v in w.items()}, path),
-    'transposed': lambda w, path: torch.save(
-        {key: v.mT.contiguous().mT if v.ndim > 1 else v for key, v in w.items()}, path),
+    'double, transposed': lambda w, path: torch.save({key: torch.nn.Parameter(
+        v.double().mT.contiguous().mT if v.ndim > 1 else v.double()) for key, v in w.items()}, path),
     'before torch 1.6': lambda w, path: torch.save({'state_dict': w}, path, _use_new_zipfile_serialization=False),
     'safetensors': save_file,
 }.items(), ids=lambda item: item[0])
@@ -118,7 +117,7 @@ def test_whole_modules_of_classes_that_are_not_here(wrap, tmp_path, monkeypatch)
         torch.save(wrap(donor), tmp_path / 'a.pth')
     converted = convert(tmp_path / 'a.pth', 'mobilefacenet', tmp_path / 'out')
     assert {'torch.nn.modules.conv.Conv2d', 'builtins.print', 'networks.MixedFeatureNet'} <= set(converted.foreign)
-    assert converted.kind == 'whole module' and 'networks' not in sys.modules
+    assert 'networks' not in sys.modules
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in donor.state_dict().items())
 
@@ -136,13 +135,10 @@ def test_label_sets_are_the_data_sets_own():
 @pytest.mark.parametrize('name, model, kwargs, reasons', [
     # Labels are never guessed.
     ('lfnsb_7', 'lfnsb', {}, ['7 classes', 'rafdb (surprise, fear', 'affectnet7 (neutral', '--drop fc']),
-    ('lfnsb_7', 'lfnsb', dict(labels='affectnet8'), ['7 classes, but --labels gives 8 names']),
-    ('lfnsb_7', 'lfnsb', dict(labels='raf'), ['gives 1 names [raf]: give all of them']),
-    ('lfnsb_7', 'lfnsb', dict(labels='happy,happiness,c,d,e,f,g'), ['two mean the same']),
-    ('lfnsb_7', 'lfnsb', dict(labels='a,,c,d,e,f,g'), ['one is empty']),
+    ('lfnsb_7', 'lfnsb', dict(labels='affectnet8'), ['the model has 7 classes, but', 'contempt]']),
+    ('lfnsb_7', 'lfnsb', dict(labels='happy,happiness,c,d,e,f,g'), ['one name for each output']),
     ('mfn', 'mfn', dict(labels='rafdb'), ['no classifier']),
     ('lfnsb_7', 'ddamfn', {}, ['is of the network lfnsb, not ddamfn: give --model lfnsb.']),
-    ('mfn', 'lfn_small', {}, ['give --model mfn']),
     ('lfnsb_7', 'lfnsb', dict(drop=['f']), ['nothing that --drop f could leave out']),
     # Dropping never leaves random weights. Few missing keys are all named, of many the first ones and their number.
     ('lfnsb_7', 'lfnsb', dict(drop=['features.5.model.3.CA.conv2']),
@@ -157,16 +153,12 @@ def test_labels_and_keys_that_do_not_fit(name, model, kwargs, reasons, tmp_path)
 
 @pytest.mark.parametrize('entries, reason', [
     ({'fc.weight': torch.zeros(7, 512)}, r'fc.weight (7, 512) instead of (7, 256)'),
-    ({'features.0.conv.weight': torch.zeros(1)}, 'mean the same: features.0.c.weight and features.0.conv.weight'),
     ({'arcface.weight': torch.zeros(9, 256)}, 'leaves out what starts with it): arcface.weight.'),
     ({'fc.bias': torch.full((7,), torch.nan)}, 'fc.bias that are not finite'),
-    ({'fc.bias': torch.zeros(7, dtype=torch.int8)}, 'int8 in fc.bias'),
     ({'fc.bias': [1, 2]}, 'fc.bias, it is of the type list'),
     ({'fc.bias': torch.zeros(1).expand(7)}, 'no sound tensor in fc.bias'),
-    ({'fc.bias': torch.zeros(7, device='meta')}, 'no sound tensor in fc.bias'),
     ({'fc.bias': torch.ones(7).to_sparse()}, 'no sound tensor in fc.bias'),
     ({'epoch': 3}, 'epoch, it is of the type int: --drop epoch leaves it out'),
-    ({'state_dict': {'w': 1}}, 'holds no weights, only w'),
     ({'state_dict': {}, 'arch': 'lfnsb', 'args': None}, 'was written by train.py: use timm-lfnsb pack'),
 ])
 def test_entries_that_do_not_fit(entries, reason, tmp_path):
@@ -179,9 +171,8 @@ def test_command_line(tmp_path):
     source = authors_file('lfnsb_7', tmp_path)
     for out, args, code, words in (
             ('rafdb', '--model lfnsb --labels rafdb', 0, 'labels: 0 surprise, 1 fear'),
-            ('embedding', '--model lfnsb --drop fc', 0, 'dropped: fc.weight, fc.bias'),
-            ('none', '--model lfnsb', 1, '--labels'), ('rafdb', '--model lfnsb', 1, 'is there already'),
-            ('none', '--model resnet18', 1, 'no model resnet18')):
+            ('embedding', '--model lfnsb --drop fc', 0, 'no classifier: it ends at the embedding'),
+            ('none', '--model lfnsb', 1, '--labels'), ('rafdb', '--model lfnsb', 1, 'is there already')):
         result = CliRunner().invoke(main, ['convert', str(source), str(tmp_path / out), *args.split()])
         assert result.exit_code == code and words in result.output and 'Warning' not in result.output
         assert ('never uses them: 5 tensors' if code == 0 else 'Error: ') in result.output
@@ -195,7 +186,7 @@ def test_a_converted_backbone_starts_another_network(tmp_path):
     """The way from MFN on MS-Celeb-1M, with its classifier of persons, to DDAMFN, as its authors go it."""
     source = authors_file('mfn', tmp_path, **{'fc.weight': torch.zeros(9, 256), 'fc.bias': torch.zeros(9)})
     assert '9 classes' in fails(source, 'mfn')
-    assert convert(source, 'mfn', tmp_path / 'mfn', drop=['fc']).dropped == ('fc.weight', 'fc.bias')
+    convert(source, 'mfn', tmp_path / 'mfn', drop=['fc'])
     check_golden('mfn', tmp_path / 'mfn')
     count, left = graft('ddamfn', f'local-dir:{tmp_path / "mfn"}', tmp_path / 'init.safetensors')
     assert count > 800 and all(key.startswith(('head.', 'fc.')) for key in left)

@@ -74,7 +74,7 @@ def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run,
     if reason is None:  # the folders, as train.py indexed them
         assert pack(run, tmp_path / 'out')['label_names'] == BY_FOLDER
         return
-    for labels, why in {None: reason, 'abc': '4 classes, but there are 3', 'abca': 'twice'}.items():
+    for labels, why in {None: reason, 'abc': 'the model has 4 classes', 'abca': 'one name for each'}.items():
         with pytest.raises(UserError, match=why):
             pack(run, tmp_path / 'out', labels=labels and list(labels))
     assert not (tmp_path / 'out').exists()
@@ -83,7 +83,7 @@ def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run,
 
 @pytest.mark.parametrize('settings, kwargs, reason', [
     ({}, dict(labels=BY_FOLDER), "not the run's own"),
-    (dict(num_classes=7), {}, '7 classes, but there are 4 labels'),
+    (dict(num_classes=7), {}, 'the model has 7 classes'),
     (dict(state={'fc.weight': torch.full((4, 128), 1e6)}), dict(half=True), r'fc\.weight.*float16'),
     (dict(model='no_such_model'), {}, 'does not fit the model'),
     (dict(model='local-dir:/gone'), {}, 'does not fit the model'),
