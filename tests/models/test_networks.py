@@ -184,7 +184,7 @@ def test_spatial_bias_head_is_what_its_docstring_says(height, width):
     x = torch.randn(2, 8, height, width)
     with torch.no_grad():
         out = head(x).numpy()
-        reduced = F.adaptive_avg_pool2d(head.reduce(x), 2).numpy()  # (2, 6, 2, 2)
+        reduced = F.adaptive_avg_pool2d(head.reduce(x).relu(), 2).numpy()  # (2, 6, 2, 2)
     weight, bias = head.conv.weight.detach().numpy(), head.conv.bias.detach().numpy()
     expected = np.zeros((2, 4, 4))  # image, entry of the channel axis, position
     for image in range(2):

@@ -15,8 +15,8 @@ from timm.models import clean_state_dict
 from ..data.readers import FERPLUS_COLUMNS, RAFDB_LABELS
 from ..errors import UserError
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
+from ..models.checkpoint_keys import rename_keys
 from ..models.networks import default_cfgs
-from ..models.released_keys import is_released, rename_keys
 from ..util.files import file_sha256
 from .pack import check_new, write_folder
 from .pickles import StandIn, load, shown
@@ -174,7 +174,7 @@ def fit(tensors: dict[str, Any], model: str, num_classes: int) -> tuple[Any, dic
     forward uses, under this package's keys; what does not fit, in words."""
     network: Any = timm.create_model(model, pretrained=False, num_classes=num_classes, device='meta')
     wanted = network.state_dict()
-    found = rename_keys(tensors, network) if is_released(tensors) else tensors
+    found = rename_keys(tensors, network)
     problems = {
         "missing keys, in this package's names": [
             key for key in wanted if key not in found and not key.endswith('.num_batches_tracked')],

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..labels import match_labels, model_label_names
-from ..models.device import to_device
-from ..models.loading import load_model
+from ..models.loading import load_model, to_device
 
 
 @dataclass(frozen=True)

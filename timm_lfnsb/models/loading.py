@@ -1,10 +1,11 @@
-"""Models by name, with their weights."""
+"""Models by name, with their weights, on their device."""
 from __future__ import annotations
 
 from pathlib import Path
 from textwrap import shorten
 
 import timm
+import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -54,3 +55,17 @@ def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
     commit = fetch_model(repo_id, revision or None, cache_dir)
     # The files of this commit are in the cache, so nothing is asked or fetched any more.
     return timm.create_model(f'hf-hub:{repo_id}@{commit}', pretrained=True, cache_dir=cache_dir)
+
+
+def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Module:
+    """Move a model to a torch device; 'auto' is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: When there is no such device.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        return model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from error

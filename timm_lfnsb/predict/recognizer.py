@@ -14,8 +14,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..labels import canonical_name, model_label_names
-from ..models.device import to_device
-from ..models.loading import load_model
+from ..models.loading import load_model, to_device
 from .exported import INPUT_KEYS, ExportedModel, is_exported
 from .faces import Box, HaarDetector, align_face, aligned_box, clip_box, crop_face
 from .images import ImageError, ImageInput, read_image
