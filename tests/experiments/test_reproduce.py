@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -56,7 +55,6 @@ def fake_folder(tmp_path_factory, face_folder) -> Path:
 
 @pytest.fixture
 def data(tmp_path, face_folder) -> Path:
-    """A copy of the face folder with a checksum, as `prepare` writes it."""
     shutil.copytree(face_folder, tmp_path / 'data')
     (tmp_path / 'data' / 'dataset.json').write_text(json.dumps(dict(name='faces', sha256='abc')))
     return tmp_path / 'data'
@@ -91,13 +89,6 @@ class Fake:
         path.unlink(missing_ok=True)
         return calls
 
-    def wait(self) -> int:
-        """The process of a stand-in that was told to wait, once it does."""
-        path = self.script.parent / 'pid'
-        while not (path.is_file() and path.read_text()):
-            time.sleep(0.05)
-        return int(path.read_text())
-
 
 @pytest.fixture
 def fake(tmp_path, fake_folder, data, recipe, monkeypatch) -> Fake:
@@ -117,7 +108,6 @@ def command(*arguments):
 
 
 def accuracy_of(checkpoint: Path, data: Path) -> float:
-    """Measured without pack and without the report."""
     model = timm.create_model('mobilefacenet', num_classes=4, img_size=32)
     model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32), label_names=LABELS)
@@ -136,14 +126,11 @@ def test_rows_are_trained_measured_and_written(fake, fake_folder, data):
 
     best = accuracy_of(fake_folder / f'{BEST}.pth.tar', data)
     for row in results['rows']:
-        assert [(seed['seed'], seed['accuracy']) for seed in row['seeds']] == [(7, best), (8, best)]
+        assert [(seed['seed'], seed['accuracy'], seed['epoch']) for seed in row['seeds']] == [
+            (7, best, BEST + 1), (8, best, BEST + 1)]
         assert row['mean']['accuracy'] == pytest.approx(best) and row['std']['accuracy'] == 0
-        assert all(seed['epoch'] == BEST + 1 and seed['ema'] is False for seed in row['seeds'])
     assert read_results(fake.out / 'table5.json') == json.loads(json.dumps(results))
-    assert results['data']['sha256'] == 'abc' and results['recipe']['settings']['batch_size'] == 8
-    assert set(results['versions']) == {'timm', 'torch', 'timm_lfnsb'} and 'CPU' in results['device']
-    assert results['measured'] == dict(
-        split='validation', images=[24], checkpoint='best', checkpoint_split='validation')
+    assert results['data']['sha256'] == 'abc' and 'CPU' in results['device']
     assert str(fake.out) not in json.dumps(results['rows'])  # no places of this machine
 
 
@@ -224,53 +211,36 @@ def test_changed_settings_are_refused(fake, data, recipe, monkeypatch):
     fake.run('figure6')
     before = (fake.out / 'figure6.json').read_bytes()
     fake.calls()
-
-    def refused(word: str, **settings) -> None:
-        plan = fake.plan('figure6', **settings)
-        for attempt in (reproduce, dry_run):
-            with pytest.raises(UserError, match=rf'trained with other settings \(.*{word}.*--out'):
-                attempt(plan)
-
-    refused('epochs', epochs=2)
-    refused('extra', extra=['--lr', '0.1'])
-    refused('subset', subset=16)
     recipe.write_text(recipe.read_text().replace('batch_size: 8', 'batch_size: 4'))
-    refused('recipe')
     (data / 'dataset.json').write_text(json.dumps(dict(name='faces', sha256='other')))
-    refused('data')
+    plan = fake.plan('figure6', epochs=2, subset=16, extra=['--lr', '0.1'])
+    for attempt in (reproduce, dry_run):
+        with pytest.raises(UserError, match=r'other settings \(recipe, epochs, extra, data, subset; .*--out'):
+            attempt(plan)
     assert not fake.calls() and (fake.out / 'figure6.json').read_bytes() == before
 
 
-def test_ctrl_c_ends_the_training_and_the_same_command_goes_on(fake, monkeypatch):
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_ends_the_training_and_one_that_outlives_us_keeps_others_out(how, fake, monkeypatch):
     monkeypatch.setenv('FAKE_SLEEP', '1')
-    threading.Thread(target=lambda: (fake.wait(), signal.raise_signal(signal.SIGINT)), daemon=True).start()
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process of the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fake.run('figure6')
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    with pytest.raises(ProcessLookupError):
-        os.kill(fake.wait(), 0)
-    assert not read_results(fake.out / 'figure6.json')['complete']
-    monkeypatch.delenv('FAKE_SLEEP')
-    assert fake.run('figure6')[0]['complete']
 
+    def start() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process of the background
+        fake.run('figure6')
 
-def test_a_training_that_outlives_us_keeps_others_out(fake, monkeypatch):
-    monkeypatch.setenv('FAKE_SLEEP', '1')
-    process = multiprocessing.get_context('fork').Process(target=fake.run, args=('figure6',))
+    process = multiprocessing.get_context('fork').Process(target=start)
     process.start()
-    pid = fake.wait()
-    process.kill()
+    pid_file = fake.script.parent / 'pid'
+    while not (pid_file.is_file() and pid_file.read_text()):
+        time.sleep(0.05)
+    os.kill(process.pid, how)
     process.join()
-    try:
+    if how == signal.SIGKILL:
         with pytest.raises(UserError, match='at work'):
             fake.run('figure6')
-    finally:
-        os.kill(pid, signal.SIGKILL)
-    with filelock.FileLock(fake.out / '.lock', timeout=60):  # the training is gone
-        pass
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    with filelock.FileLock(fake.out / '.lock', timeout=30):  # the training is gone
+        assert how == signal.SIGKILL or not read_results(fake.out / 'figure6.json')['complete']
 
 
 def test_a_subset_through_the_launcher(fake, fake_folder, data, recipe, monkeypatch):
@@ -293,15 +263,13 @@ def test_table9_trains_on_folds_and_measures_the_one_held_out(fake):
     assert not failures
     assert [option(call, '--data-dir') for call in fake.calls()] == [
         str(fake.out / 'data' / 'folds-2' / f'run-{i}') for i in range(2)]
-    reports = [run.report / 'metrics.json' for run in fake.plan('table9', folds=2).runs]
-    assert sum(json.loads(report.read_text())['count'] for report in reports) == 48
+    assert sum(seed['count'] for row in results['rows'] for seed in row['seeds']) == 48
     accuracies = [row['mean']['accuracy'] for row in results['rows']]
     mean, best = results['summary']
     assert mean['mean']['accuracy'] == pytest.approx(np.mean(accuracies))
     assert mean['std']['accuracy'] == pytest.approx(np.std(accuracies, ddof=1))
     assert best['mean']['accuracy'] == max(accuracies)
-    text = results_markdown(results)
-    assert 'RAF-DB 90.45, AffectNet-7 65.62' in text and '2 folds' in text
+    assert 'RAF-DB 90.45, AffectNet-7 65.62' in results_markdown(results)
 
 
 # --- dry run and settings ------------------------------------------------------------------------------------------
@@ -330,8 +298,6 @@ def test_dry_run_prints_the_rows_of_every_experiment_and_writes_nothing(fake):
 @pytest.mark.parametrize('experiment, arguments, word', [
     ('figure6', ['--', '--epo', '3'], '--epo is set'),
     ('figure6', ['--', '-c', 'rafdb'], '-c is set'),
-    ('figure6', ['--', '--cosine-harmony-alpha=0.3'], '--cosine-harmony-alpha is set'),
-    ('figure6', ['--recipe', 'no-such'], "no recipe 'no-such'"),
     ('figure6', ['--recipe', '{data}/train/anger/anger0.png'], 'not a YAML file'),
     ('figure6', ['--data-dir', 'no-such'], 'timm-lfnsb prepare'),
     ('figure6', ['--split', 'test'], 'no images in test'),
@@ -370,14 +336,7 @@ def test_markdown(tmp_path):
     for word in ('2,500 training images', '3,328 images', 'AMD EPYC', 'timm 1.0.31', '3 seeds', 'flatters all rows'):
         assert word in lines[-1]
     assert 'may be chance' in results_markdown({**read_results(path), 'seeds': 1})
-
-
-def test_show_refuses_other_files_and_has_results_of_its_own(tmp_path):
-    (tmp_path / 'other.json').write_text('{"rows": []}')
-    for name in ('other.json', 'missing.json'):
-        result = command('show', tmp_path / name)
-        assert result.exit_code == 1 and name in result.output and len(result.output.splitlines()) == 1
-    assert committed_results() and command('show').output.count('### ') == len(committed_results())
+    assert command('show').output.count('### ') == len(committed_results()) > 0
 
 
 # --- timm's own train script ---------------------------------------------------------------------------------------
