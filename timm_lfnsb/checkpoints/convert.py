@@ -4,7 +4,7 @@ Nothing in a checkpoint is run, see `pickles`, and nothing of a network is left 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..models.checkpoint_keys import rename_keys
 from ..models.networks import default_cfgs
 from ..util.files import file_sha256
-from .pack import check_new, write_folder
+from .pack import write_folder
 from .pickles import StandIn, load, shown
 
 LABEL_SETS: dict[str, tuple[str, ...]] = {
@@ -41,8 +41,7 @@ class Converted(NamedTuple):
 
     label_names: tuple[str, ...]  # in the order of the outputs; empty where the network ends at the embedding
     unused: int  # tensors of the authors' modules that their own forward never uses, left out
-    foreign: tuple[str, ...]  # names in the file's pickle of classes and functions that were neither built nor called
-    warning: str  # a sentence about the labels, where they are likely wrong
+    foreign: str  # names in the file's pickle of classes and functions that were neither built nor called
 
 
 def convert(
@@ -65,7 +64,6 @@ def convert(
     """
     if model not in default_cfgs:
         raise UserError(f"there is no model {model} to convert to: choose one of {', '.join(default_cfgs)}.")
-    check_new(out_dir)
     value, foreign = load(source)
     try:
         tensors = leave_out(find_tensors(value), drop)
@@ -92,11 +90,7 @@ def convert(
         raise UserError(f'{source} {error}') from None
     network.pretrained_cfg['num_classes'] = num_classes
     write_folder(network, out_dir, label_names, {}, converted_from=dict(file=source.name, sha256=file_sha256(source)))
-    warning = ''
-    if model == 'ddamfn' and labels in ('rafdb', 'ferplus'):
-        warning = ("the test scripts of DDAMFN's authors name the outputs in AffectNet's order for RAF-DB and FER+ as "
-                   f'well: if this checkpoint is theirs, the labels are --labels affectnet{num_classes}.')
-    return Converted(label_names, len(tensors) - len(found), foreign, warning)
+    return Converted(label_names, len(tensors) - len(found), foreign)
 
 
 # The network inside a file; the messages go on from the file's name
@@ -112,18 +106,12 @@ def find_tensors(value: Any) -> dict[str, Any]:
     if is_module(value):
         return clean_state_dict(flatten_module(value))
     if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
-        raise UserError(f'holds no weights: it is {described(value)}.')
-    if not any(isinstance(tensor, torch.Tensor) for tensor in value.values()):
-        raise UserError(f'holds no weights, only {listing(value)}.')
+        raise UserError(f'holds no weights: it is of the type {type(value).__name__}.')
     return clean_state_dict(value)
 
 
 def is_module(value: Any) -> bool:
     return isinstance(value, StandIn) and '_modules' in value.state
-
-
-def described(value: Any) -> str:
-    return str(value) if isinstance(value, StandIn) else f'of the type {type(value).__name__}'
 
 
 def flatten_module(module: StandIn) -> dict[str, Any]:
@@ -155,7 +143,7 @@ def leave_out(tensors: dict[str, Any], drop: Sequence[str]) -> dict[str, Any]:
         kept = {key: value for key, value in tensors.items() if not f'{key}.'.startswith(name.rstrip('.') + '.')}
         if len(kept) == len(tensors):
             raise UserError(f'has nothing that --drop {name} could leave out: its keys start with '
-                            f"{listing(sorted({key.split('.')[0] for key in tensors}))}.")
+                            f"{shown(', '.join(sorted({key.split('.')[0] for key in tensors})))}.")
         tensors = kept
     return tensors
 
@@ -165,8 +153,8 @@ def check_tensors(tensors: Mapping[str, Any]) -> None:
     for key, value in tensors.items():
         if (not isinstance(value, torch.Tensor) or value.is_meta or value.is_quantized or value.layout != torch.strided
                 or value.numel() * value.itemsize > value.untyped_storage().nbytes()):
-            raise UserError(
-                f'has no sound tensor in {shown(key)}, it is {described(value)}: --drop {shown(key)} leaves it out.')
+            raise UserError(f'has no sound tensor in {shown(key)}, it is of the type {type(value).__name__}: --drop '
+                            f'{shown(key)} leaves it out.')
 
 
 def fit(tensors: dict[str, Any], model: str, num_classes: int) -> tuple[Any, dict[str, Any], list[str]]:
@@ -182,7 +170,7 @@ def fit(tensors: dict[str, Any], model: str, num_classes: int) -> tuple[Any, dic
             f'{key} {tuple(value.shape)} instead of {tuple(wanted[key].shape)}' for key, value in found.items()
             if key in wanted and value.shape != wanted[key].shape],
         'unexpected keys (--drop NAME leaves out what starts with it)': [key for key in found if key not in wanted]}
-    return network, found, [f'{what}: {listing(keys)}' for what, keys in problems.items() if keys]
+    return network, found, [f"{what}: {shown(', '.join(keys), 600)}" for what, keys in problems.items() if keys]
 
 
 def resolve_labels(labels: str | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
@@ -192,14 +180,6 @@ def resolve_labels(labels: str | Sequence[str] | None, num_classes: int) -> tupl
         raise UserError(
             f'has a classifier of {num_classes} classes and nothing in it says which: give --labels with '
             f"{', '.join([*sets, 'all names in the order of its outputs'])}; or leave it out with --drop fc.")
-    if labels and not num_classes:
-        raise UserError('has no classifier, so there is nothing for --labels to name: leave it out.')
     if isinstance(labels, str):
         labels = LABEL_SETS.get(labels) or labels.split(',')
     return tuple(name.strip() for name in labels or ())
-
-
-def listing(names: Iterable[str], limit: int = 20) -> str:
-    """Names with commas between them; of many the first ones and their number."""
-    names = [shown(name) for name in names]
-    return ', '.join(names) if len(names) <= limit else f"{', '.join(names[:limit])} and {len(names) - limit} more"

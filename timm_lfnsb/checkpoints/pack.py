@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -33,12 +34,11 @@ def pack(
         half: Store kernels and matrices as float16.
 
     Returns:
-        What was packed: `checkpoint`, `model`, `epoch`, `ema`, `label_names`.
+        What was packed: `checkpoint`, `model`, `epoch`, `ema`, `label_names`, `input_size`.
 
     Raises:
         UserError: When the checkpoint or the labels do not fit; nothing is written then.
     """
-    check_new(out_dir)
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path)
     args: argparse.Namespace = checkpoint['args']
@@ -60,7 +60,8 @@ def pack(
         half_precision(model)
     write_folder(model, out_dir, label_names, model_kwargs)
     return dict(
-        checkpoint=path.name, model=args.model, epoch=checkpoint.get('epoch'), ema=use_ema, label_names=label_names)
+        checkpoint=path.name, model=args.model, epoch=checkpoint.get('epoch'), ema=use_ema, label_names=label_names,
+        input_size=data_config['input_size'])
 
 
 def run_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,34 +82,21 @@ def run_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def resolve_labels(args: argparse.Namespace, labels: Sequence[str] | None) -> list[str]:
     """The run's label names, which `--labels` may only repeat, or those where the run has none."""
-    try:
+    found = None
+    with suppress(UserError) if labels else nullcontext():
         found = run_label_names(args)
-    except UserError:
-        if not labels:
-            raise
-        found = None
     if found and labels and list(labels) != found:
         raise UserError(f"--labels [{', '.join(labels)}] are not the run's own [{', '.join(found)}]: leave them out.")
     if not (found or labels):
-        raise UserError(
-            'neither a class map nor the data folders of the run are there: give the label names with --labels, in the '
-            'order the run trained them.')
+        raise UserError('neither class map nor data folders of the run are there any more: give its --labels in order.')
     return found or list(labels or [])
 
 
 def half_precision(model: torch.nn.Module) -> None:
     """Store matrices and kernels as float16; vectors (norms, biases) stay, they are small and need the range."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.half()
-            if not parameter.isfinite().all():
-                raise UserError(f'{name} has values that float16 cannot hold: pack without --half.')
-
-
-def check_new(out_dir: Path) -> None:
-    """Raise UserError where a folder to write is there already, and not empty."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f'{out_dir} is there already: name a new folder.')
 
 
 def write_folder(
@@ -121,8 +109,10 @@ def write_folder(
         config: Further entries of config.json.
 
     Raises:
-        LabelError: When there is not one name for each output; nothing is written then.
+        UserError: When the folder is there and not empty, or there is not one name for each output.
     """
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f'{out_dir} is there already: name a new folder.')
     for key in ('tag', 'license', 'label_names'):  # true of the zoo's own weights alone
         model.pretrained_cfg.pop(key, None)
     if label_names:
@@ -139,6 +129,4 @@ def write_folder(
         written.get('model_args', {}).pop('num_classes', None)
         (folder / 'config.json').write_text(json.dumps(written, indent=2), encoding='utf-8')
         os.chmod(folder / 'model.safetensors', 0o644)  # safetensors writes it for the owner alone
-        if out_dir.is_dir():
-            out_dir.rmdir()
-        os.rename(folder, out_dir)
+        os.replace(folder, out_dir)

@@ -34,7 +34,6 @@ def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: t
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
     """
     from ..checkpoints.convert import convert as convert_file
-    from ..checkpoints.convert import listing
     converted = convert_file(source, model, out_dir, labels, drop)
     click.echo(f'{out_dir}: {model} from {source.name}')
     if converted.label_names:
@@ -44,6 +43,4 @@ def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: t
     if converted.unused:
         click.echo(f"left out, because the authors' code never uses them: {converted.unused} tensors")
     if converted.foreign:
-        click.echo(f'named in the file, and neither imported nor run: {listing(converted.foreign)}')
-    if converted.warning:
-        click.echo(f'Warning: {converted.warning}', err=True)
+        click.echo(f'named in the file, and neither imported nor run: {converted.foreign}')
