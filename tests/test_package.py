@@ -1,6 +1,7 @@
 """What the wheel and the sdist hold."""
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def test_wheel_and_sdist(tmp_path):
     for name in ('timm_lfnsb', 'tests'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
     # The environment's own setuptools where it has one, so that this needs no network.
-    isolation = [] if subprocess.run([sys.executable, '-c', 'import setuptools']).returncode else ['--no-isolation']
+    isolation = ['--no-isolation'] if importlib.util.find_spec('setuptools') else []
     subprocess.run([sys.executable, '-m', 'build', *isolation, str(source)], check=True, stdout=subprocess.DEVNULL)
     files = sorted((source / 'dist').iterdir())
     subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *map(str, files)], check=True)
