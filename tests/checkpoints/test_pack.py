@@ -39,25 +39,20 @@ def make_run(tmp_path, face_folder):
 
 
 @pytest.mark.parametrize('ema', [True, False])
-def test_same_logits_and_the_class_maps_labels_in_timm_and_transformers(ema, make_run, tmp_path):
+def test_same_logits_and_the_class_maps_labels(ema, make_run, tmp_path):
     run, model, model_ema = make_run()
     packed = pack(run, tmp_path / 'out', ema=ema)
     assert packed['label_names'] == IN_MAP and packed['ema'] == ema and packed['epoch'] == 3
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
-        expected = (model_ema if ema else model)(images)
-        torch.testing.assert_close(loaded(images), expected)
+        torch.testing.assert_close(loaded(images), (model_ema if ema else model)(images))
     config = loaded.pretrained_cfg
     assert list(config['label_names']) == IN_MAP and tuple(config['input_size']) == (3, 112, 112)
     assert config['crop_mode'] == 'squash' and config['crop_pct'] == 1.0
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
-
-    transformers = pytest.importorskip('transformers', reason="pip install 'timm-lfnsb[test]' brings transformers")
-    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
-    assert wrapped.config.id2label == dict(enumerate(IN_MAP))
-    with torch.no_grad():
-        torch.testing.assert_close(wrapped(images).logits, expected)
+    # transformers passes it as well, and fails where it is here; test_transformers.py loads such folders
+    assert 'num_classes' not in json.loads((tmp_path / 'out' / 'config.json').read_text()).get('model_args', {})
 
 
 @pytest.mark.parametrize('settings, reason', [
@@ -82,12 +77,8 @@ def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run,
 
 
 @pytest.mark.parametrize('settings, kwargs, reason', [
-    ({}, dict(labels=BY_FOLDER), "not the run's own"),
-    (dict(num_classes=7), {}, 'the model has 7 classes'),
-    (dict(model='no_such_model'), {}, 'does not fit the model'),
-    (dict(model_kwargs={'depth': 3}), {}, 'does not fit the model'),
-    (dict(gp='max'), {}, 'does not fit the model'),
-])
+    ({}, dict(labels=BY_FOLDER), "not the run's own"), (dict(num_classes=7), {}, 'the model has 7 classes'),
+    (dict(model='no_such_model'), {}, 'does not fit the model'), (dict(gp='max'), {}, 'does not fit the model')])
 def test_what_does_not_fit_the_run_is_refused(settings, kwargs, reason, make_run, tmp_path):
     run, *_ = make_run(**settings)
     with pytest.raises(UserError, match=reason):
