@@ -34,9 +34,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..export.export import export_model
-from ..predict.exported import ExportedModel, reason
+from ..predict.exported import ExportedModel
 from ..train.task import CosineHarmonyTask
 from ..util.machine import available_cores, cpu_name, git_commit
 from ..version import __version__

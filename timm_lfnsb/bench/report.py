@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, one_sentence
 from ..util.files import replacing
 from ..util.machine import processor
 from ..util.text import markdown_table
@@ -89,10 +89,8 @@ def _where(report: dict[str, Any]) -> str:
 
 def check_figure(path: str | Path) -> None:
     """Raise UserError where no figure can be written: matplotlib is missing, or does not know the ending."""
-    try:
+    with one_sentence('--plot cannot draw'):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UserError("--plot needs matplotlib: pip install 'timm-lfnsb[eval]' brings it.") from None
     if Path(path).suffix[1:] not in Figure().canvas.get_supported_filetypes():
         raise UserError(f'--plot {path}: give a file name that ends in .png, .svg or .pdf.')
 

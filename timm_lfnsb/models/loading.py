@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import shorten
 
 import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, one_sentence
 from ..weights.fetch import fetch_model, fetch_weights
 from ..weights.names import HUB_ORG, HUB_REVISIONS
 from .networks import MixedFeatureNet
@@ -30,13 +29,8 @@ def load_model(name: str, inference: bool = False, cache_dir: str | Path | None 
     Raises:
         UserError: When there is no such model, it has no weights, or they cannot be had or must not be loaded.
     """
-    try:
+    with one_sentence(f'cannot load the model {name}'):
         model = _create_model(name, cache_dir)
-    except UserError:
-        raise
-    except Exception as error:  # registry, configs and file formats each raise types of their own
-        reason = shorten(str(error), 300, placeholder=' ...') or type(error).__name__
-        raise UserError(f"cannot load the model {name}: {reason.rstrip('.')}.") from error
     if not inference:
         return model
     model.eval()

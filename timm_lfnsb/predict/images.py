@@ -8,8 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import UserError
-from .exported import reason
+from ..errors import UserError, reason
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
