@@ -15,7 +15,7 @@ from timm.utils import reparameterize_model
 from timm_lfnsb.models import cpu
 from timm_lfnsb.models.cpu import FusedBottleneck
 from timm_lfnsb.models.layers import CoordAttn, PReLU, fold_norm
-from timm_lfnsb.models.networks import MixedBottleneck
+from timm_lfnsb.models.networks import Bottleneck
 
 MODELS = ['lfnsb', 'lfn_small', 'mfn', 'ddamfn', 'mobilefacenet']
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -115,7 +115,7 @@ def test_large_batches_go_through_in_parts(monkeypatch):
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize('batch, size', [(0, 6), (1, 6), (3, 24)])  # no, few and many positions
 def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, size, memory_format, stride):
-    block = MixedBottleneck(16, 16, {3: 12, 5: 8}, stride)
+    block = Bottleneck(16, 16, {3: 12, 5: 8}, stride)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
@@ -148,7 +148,7 @@ def test_a_fused_block_in_place_is_the_block_and_leaves_its_input_alone(batch, s
 def test_a_block_with_a_part_of_the_users_computes_the_same(mix, change, part):
     if change == 'expand.conv':
         part = nn.Conv2d(16, sum(mix.values()), 3, padding=1, bias=False)
-    block = MixedBottleneck(16, 16, mix).eval()
+    block = Bottleneck(16, 16, mix).eval()
     block.set_submodule(change, part)
     x = torch.randn(2, 16, 6, 6)
     with torch.no_grad():

@@ -42,9 +42,6 @@ def fold_norm(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> bool:
 class PReLU(nn.PReLU):
     """nn.PReLU with one slope a channel and a faster gradient on the CPU."""
 
-    def __init__(self, chs: int, device=None, dtype=None):
-        super().__init__(chs, device=device, dtype=dtype)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return prelu(x, self.weight)
 
@@ -101,7 +98,7 @@ class GDConv(ConvNormAct):
         return x
 
 
-class MixedDepthwiseConv(nn.Module):
+class MixConv(nn.Module):
     """Depthwise convolution whose channel groups have kernels of different sizes (MixConv), no norm, no activation."""
 
     def __init__(self, mix: Mix, stride: int = 1, device=None, dtype=None):
@@ -127,7 +124,7 @@ class MixedDepthwiseConv(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Make it one convolution of the largest kernel, the smaller ones padded with zeros."""
-        if len(self.splits) == 1 or str(self) != str(MixedDepthwiseConv(self.mix, self.stride, device='meta')):
+        if len(self.splits) == 1 or str(self) != str(MixConv(self.mix, self.stride, device='meta')):
             return  # nothing to merge, or somebody put other convolutions in
         convs = [conv for conv in self.convs if isinstance(conv, nn.Conv2d)]
         kernel, chs = max(conv.kernel_size[0] for conv in convs), sum(self.splits)
@@ -177,6 +174,20 @@ class CoordAttn(StripGates):
         strips = strip_means(x)
         gate_h, gate_w = self.gates(strips[0], strips[1])
         return apply_gates(x, gate_h, gate_w)
+
+
+class DirectionAttention(StripGates):
+    """One direction-aware attention map of DDAMFN: coordinate attention with learned linear strips as pools."""
+
+    def __init__(self, chs: int, map_size: tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(chs, max(8, chs // 32), **dd)
+        self.strip_h = GDConv(chs, (1, map_size[1]), **dd)
+        self.strip_w = GDConv(chs, (map_size[0], 1), **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_h, gate_w = self.gates(self.strip_h(x), self.strip_w(x))
+        return gate_h * gate_w
 
 
 class RepVggDw(TimmRepVggDw):

@@ -46,9 +46,8 @@ def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
     if org == HUB_ORG and weights in HUB_REVISIONS:
         path = fetch_weights(weights, revision or None, cache_dir)
         return timm.create_model(weights, pretrained=True, pretrained_cfg_overlay={'file': str(path)})
-    commit = fetch_model(repo_id, revision or None, cache_dir)
-    # The files of this commit are in the cache, so nothing is asked or fetched any more.
-    return timm.create_model(f'hf-hub:{repo_id}@{commit}', pretrained=True, cache_dir=cache_dir)
+    folder = fetch_model(repo_id, revision or None, cache_dir)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True)
 
 
 def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Module:

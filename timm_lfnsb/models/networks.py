@@ -32,23 +32,32 @@ from ..weights.fetch import prefer_hub
 from ..weights.names import HUB_REVISIONS, WEIGHTS_DIR, hub_id
 from .checkpoint_keys import checkpoint_filter_fn
 from .cpu import FusedBottleneck, spatial_size
-from .layers import ConvNormAct, CoordAttn, GDConv, Mix, MixedDepthwiseConv, RepVggDw, StemConv, StripGates, fold_norm
+from .layers import ConvNormAct, CoordAttn, DirectionAttention, GDConv, Mix, MixConv, RepVggDw, StemConv, fold_norm
 
 __all__ = ['MixedFeatureNet']
 
 
-class MixedBottleneck(nn.Module):
-    """Expand 1x1, mixed depthwise convolutions, coordinate attention, project 1x1; residual at stride 1."""
+class Bottleneck(nn.Module):
+    """Expand 1x1, depthwise convolution, coordinate attention, project 1x1; residual at stride 1.
 
-    def __init__(self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, device=None, dtype=None):
+    Where `mixed`, the depthwise convolution has kernels of several sizes. MobileFaceNet's own has one, norm and PReLU
+    behind it, and no attention.
+    """
+
+    def __init__(
+            self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, mixed: bool = True, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.config = (in_chs, out_chs, mix, stride)
+        self.config = (in_chs, out_chs, mix, stride, mixed)
         mid_chs = sum(mix.values())
         self.residual = stride == 1
         self.expand = ConvNormAct(in_chs, mid_chs, **dd)
-        self.conv_dw = MixedDepthwiseConv(mix, stride, **dd)
-        self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd)
+        if mixed:
+            self.conv_dw = MixConv(mix, stride, **dd)
+            self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd)
+        else:
+            self.conv_dw = ConvNormAct(mid_chs, mid_chs, max(mix), stride, groups=mid_chs, **dd)
+            self.attn = nn.Identity()
         self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,32 +69,12 @@ class MixedBottleneck(nn.Module):
         return x + shortcut if self.residual else x
 
     def fuse(self) -> nn.Module:
-        """The block as one module of bare parameters; as it is, where somebody put other parts into it."""
-        reference = MixedBottleneck(*self.config, device='meta')
+        """A mixed block as one module of bare parameters, unless somebody put other parts into it."""
+        reference = Bottleneck(*self.config, device='meta')
         for part in (*self.children(), *reference.children()):
             if hasattr(part, 'reparameterize'):
                 part.reparameterize()
-        return FusedBottleneck(self) if str(self) == str(reference) else self
-
-
-class PlainBottleneck(nn.Module):
-    """MobileFaceNet's bottleneck: expand 1x1, one depthwise convolution with norm and PReLU, project 1x1."""
-
-    def __init__(self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        (kernel_size, mid_chs), = mix.items()
-        self.residual = stride == 1
-        self.expand = ConvNormAct(in_chs, mid_chs, **dd)
-        self.conv_dw = ConvNormAct(mid_chs, mid_chs, kernel_size, stride, groups=mid_chs, **dd)
-        self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x
-        x = self.expand(x)
-        x = self.conv_dw(x)
-        x = self.project(x)
-        return x + shortcut if self.residual else x
+        return FusedBottleneck(self) if self.config[-1] and str(self) == str(reference) else self
 
 
 class EmbeddingHead(nn.Module):
@@ -95,12 +84,11 @@ class EmbeddingHead(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.gdconv = GDConv(in_chs, map_size, **dd)
-        self.flatten = nn.Flatten(1)
         self.linear = nn.Linear(in_chs, embed_dim, bias=False, **dd)
         self.bn = nn.BatchNorm1d(embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.linear(self.flatten(self.gdconv(x))))
+        return self.bn(self.linear(self.gdconv(x).flatten(1)))
 
     def reparameterize(self) -> None:
         if fold_norm(self.linear, self.bn):
@@ -132,20 +120,6 @@ class SpatialBiasHead(nn.Module):
         return x.transpose(1, 2).flatten(1)
 
 
-class DirectionAttention(StripGates):
-    """One direction-aware attention map of DDAMFN: coordinate attention with learned linear strips as pools."""
-
-    def __init__(self, chs: int, map_size: Tuple[int, int], device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(chs, max(8, chs // 32), **dd)
-        self.strip_h = GDConv(chs, (1, map_size[1]), **dd)
-        self.strip_w = GDConv(chs, (map_size[0], 1), **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_h, gate_w = self.gates(self.strip_h(x), self.strip_w(x))
-        return gate_h * gate_w
-
-
 class DualDirectionHead(nn.Module):
     """DDAMFN's head: the element-wise maximum of two direction attentions times the features, then GDConv."""
 
@@ -156,11 +130,10 @@ class DualDirectionHead(nn.Module):
         self.attn1 = DirectionAttention(in_chs, map_size, **dd)
         self.attn2 = DirectionAttention(in_chs, map_size, **dd)
         self.gdconv = GDConv(in_chs, map_size, **dd)
-        self.flatten = nn.Flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x * torch.maximum(self.attn1(x), self.attn2(x))
-        return self.flatten(self.gdconv(x))
+        return self.gdconv(x).flatten(1)
 
 
 # global_pool name -> the head that turns the final map into the embedding
@@ -215,28 +188,22 @@ class MixedFeatureNet(nn.Module):
         )
         self.feature_info = [dict(num_chs=stem_chs, reduction=2, module='stem.1')]
 
-        block = MixedBottleneck if mixed else PlainBottleneck
         prev_chs = stem_chs
         self.stages = nn.Sequential()
         for i, (out_chs, mixes) in enumerate(stages):
-            layers: List[nn.Module] = []
+            layers = nn.Sequential()
             for j, mix in enumerate(mixes):
-                layers.append(block(prev_chs, out_chs, mix, stride=2 if j == 0 else 1, **dd))
+                layers.append(Bottleneck(prev_chs, out_chs, mix, 2 if j == 0 else 1, mixed, **dd))
                 prev_chs = out_chs
-            if i == len(stages) - 1:
-                if final_chs is None:
-                    layers.append(RepVggDw(prev_chs, 3, **dd))
-                else:
-                    layers.append(ConvNormAct(prev_chs, final_chs, **dd))
-                    prev_chs = final_chs
-            self.stages.add_module(str(i), nn.Sequential(*layers))
-            self.feature_info.append(dict(num_chs=prev_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
+            self.stages.append(layers)
+            self.feature_info.append(dict(num_chs=out_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
+        layers.append(ConvNormAct(prev_chs, final_chs, **dd) if final_chs else RepVggDw(prev_chs, 3, **dd))
+        self.num_features = self.feature_info[-1]['num_chs'] = final_chs or prev_chs
 
-        self.num_features = prev_chs
         height, width = to_2tuple(img_size)
         map_size = (-(-height // 16), -(-width // 16))
         self.head_pool = self.global_pool = head
-        self.head = HEADS[head](prev_chs, embed_dim, map_size, **dd)
+        self.head = HEADS[head](self.num_features, embed_dim, map_size, **dd)
         self.head_hidden_size = embed_dim
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, head if global_pool is None else global_pool)
@@ -336,11 +303,11 @@ class MixedFeatureNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            for stage in self.stages:
+        for stage in self.stages:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
-        else:
-            x = self.stages(x)
+            else:
+                x = stage(x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
