@@ -101,23 +101,17 @@ def test_the_command_writes_them(cards, tmp_path):
 
 
 def test_speed_comes_from_benchmark_reports_alone(tmp_path):
-    assert card.speed_table('lfnsb.ferplus', (3, 112, 112), tmp_path) == ''
     row = {'task': 'predict', 'runtime': 'eager', 'batch': 1, 'model': 'lfnsb', 'form': 'reparameterised',
            'ms_per_image': {'median': 27.25}, 'ratio': {'median': 1.251}}
     (tmp_path / 'bench-two-cores.json').write_text(json.dumps({
-        'machine': {'cpu': 'Abacus 2', 'vectors': 'ROWS', 'threads': 2, 'gpu': None},
-        'settings': {'peer': 'resnet18@112'},
+        'machine': {'cpu': 'Abacus 2', 'threads': 2}, 'settings': {'peer': 'resnet18@112'},
         'models': {name: {'input_size': [3, size, size]} for name, size in (('lfnsb', 112), ('lfnsb@64', 64))},
-        'results': [
-            row, row | {'model': 'lfnsb@64'}, row | {'model': 'mfn'}, row | {'task': 'train'},
-            row | {'form': 'convolutions'},  # another function
-            {'task': 'predict', 'runtime': 'openvino', 'batch': 1, 'model': 'lfnsb', 'error': 'broken'},
-            row | {'runtime': 'onnxruntime', 'batch': 8, 'ratio': None},
-        ]}))
+        'results': [row, row | {'model': 'lfnsb@64'}, row | {'model': 'mfn'}, row | {'task': 'train'},
+                    row | {'form': 'convolutions'}, row | {'runtime': 'onnxruntime', 'batch': 8, 'ratio': None}]}))
     rows = rows_of(card.speed_table('lfnsb.ferplus', (3, 112, 112), tmp_path), 'machine')
     assert [list(row.values()) for row in rows] == [
-        ['Abacus 2 (ROWS), 2 threads', 'PyTorch', '1', '27.2', '1.25 x resnet18@112'],
-        ['Abacus 2 (ROWS), 2 threads', 'ONNX Runtime', '8', '27.2', '-']]
+        ['Abacus 2, 2 threads', 'PyTorch', '1', '27.2', '1.25 x resnet18@112'],
+        ['Abacus 2, 2 threads', 'ONNX Runtime', '8', '27.2', '-']]
     assert len(rows_of(card.speed_table('lfnsb.ferplus_64', (3, 64, 64), tmp_path), 'machine')) == 1
 
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,22 +29,16 @@ OWNER = 'hf_owner'
 """The token of somebody who may write to every organisation but 'elsewhere', and open pull requests there."""
 
 
-def git_oid(content: bytes) -> str:
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
 @dataclass
 class Repo:
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes], ref: str = 'main', base: str | None = 'main') -> str:
+    def commit(self, files: dict[str, bytes], ref: str = 'main', base: str = 'main') -> str:
         """Put files on top of a ref; returns the new commit."""
-        merged = {**self.commits.get(self.refs.get(base or '', ''), {}), **files}
-        listing = ''.join(f'{name}{git_oid(content)}' for name, content in sorted(merged.items()))
-        oid = hashlib.sha1(f'{len(self.commits)}{listing}'.encode()).hexdigest()
-        self.commits[oid] = merged
+        oid = secrets.token_hex(20)
+        self.commits[oid] = {**self.commits.get(self.refs.get(base, ''), {}), **files}
         self.refs[ref] = oid
         return oid
 
@@ -145,11 +140,14 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.log.append((self.command, unquote(self.path), headers))
+        if self.server.fault('silent' if '/resolve/' in url.path else 'hang' if '/cdn/' in url.path else ''):
+            self.server.closing.wait(30)
+            return
         try:
             for pattern, method in ROUTES:
                 if match := re.fullmatch(pattern, f'{self.command} {url.path}'):
                     return method(self, *map(unquote, match.groups()))
-            raise Refusal(404, 'RouteNotFound', f'no {self.command} {url.path} on this Hub')
+            self.answer(404)
         except Refusal as refusal:
             status, code, message = refusal.args
             self.answer(status, {'error': message}, X_Error_Code=code, X_Error_Message=message)
@@ -157,9 +155,6 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_request
 
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
-        if self.server.fault('silent'):
-            self.server.closing.wait(30)
-            return
         if self.server.fault('busy'):
             raise Refusal(503, '', 'Service Unavailable')
         repo = self.repo(repo_id)
@@ -175,12 +170,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, Location=f'{self.server.cdn_url}/cdn/{oid}', ETag='"of the redirect"',
                         X_Repo_Commit=commit, X_Linked_Etag=f'"{oid}"', X_Linked_Size=str(len(content)))
         else:
-            self.answer(200, content, X_Repo_Commit=commit, ETag=f'"{git_oid(content)}"')
+            self.answer(200, content, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
 
     def cdn(self, oid: str) -> None:
-        if self.server.fault('hang'):
-            self.server.closing.wait(30)
-            return
         content = self.server.lfs[oid]
         if self.server.fault('altered'):
             content = content[:-1] + bytes([content[-1] ^ 1])
