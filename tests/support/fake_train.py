@@ -11,9 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ != '__main__':  # under the launcher, which replaces the task
-    from timm.task import ClassificationTask  # noqa: F401
-
 parser = argparse.ArgumentParser()
 for flag in ('--config', '--experiment', '--output', '--resume', '--data-dir', '--model', '--class-map'):
     parser.add_argument(flag, default='')

@@ -15,7 +15,7 @@ import timm
 import torch
 from click.testing import CliRunner, Result
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import ClassificationTask
 
 from timm_lfnsb.cli import main
 from timm_lfnsb.train.checkpoints import SafeSaver
@@ -31,7 +31,6 @@ CPU = torch.device('cpu')
 def patched() -> Iterator[None]:
     """Undo what a run changes in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingTask, '__init__', TrainingTask.__init__)
         patch.setattr(sys, 'argv', sys.argv)
         patch.setattr(sys, 'path', list(sys.path))
         yield

@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,36 +13,18 @@ from pathlib import Path
 import pytest
 import timm.utils
 import torch
-from support.train_script import BASE, Run, launch, load, patched, standin
+from support.train_script import BASE, STANDIN, Run, launch, load, one_sentence, standin
 
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.train.checkpoints import check_output, summarize
-from timm_lfnsb.train.launch import run_script
-from timm_lfnsb.train.watch import watch_loss
-
-
-def check(output: Path, experiment: str = 'run', **options) -> None:
-    check_output(argparse.Namespace(output=str(output), experiment=experiment, **options))
+from timm_lfnsb.train.checkpoints import check_output, summarize, watch_loss
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match=r'file/run cannot be written \(Not a directory\).*--output'):
-        check(tmp_path / 'file')
-    if sys.platform == 'linux':
-        with pytest.raises(UserError, match=r'/proc/none cannot be written'):
-            check(Path('/proc/none'), '')
-    check(tmp_path / 'new' / 'deep')
+    one_sentence(launch(STANDIN, '--output', tmp_path / 'file', '--experiment', 'run'), 'Not a directory', 'file')
+    one_sentence(launch(STANDIN, '--output', tmp_path, '--resume', 'none.pth.tar'), 'none.pth.tar is not a file')
+    check_output(argparse.Namespace(output=str(tmp_path / 'new' / 'deep'), experiment='run', resume=''))
     assert list((tmp_path / 'new' / 'deep' / 'run').iterdir()) == []
-    with pytest.raises(UserError, match=r'none.pth.tar is not a file'):
-        check(tmp_path, resume=str(tmp_path / 'none.pth.tar'))
-
-
-@pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may write everywhere: run as a user')
-def test_a_read_only_folder_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=r'Permission denied'):
-        check(tmp_path)
 
 
 @contextmanager
@@ -95,11 +76,7 @@ def test_without_hard_links_a_failed_copy_keeps_the_best_checkpoint(tmp_path, mo
 def test_other_files_of_a_run_on_a_full_disk(tmp_path):
     script = tmp_path / 'train.py'
     script.write_text("def main():\n    raise OSError(28, 'No space left on device', 'summary.csv')\n")
-    with patched(), pytest.raises(UserError, match=r'summary.csv cannot be written \(No space left on device\)'):
-        run_script(str(script), [])
-    script.write_text("def main():\n    raise OSError(2, 'No such file', 'other.csv')\n")
-    with patched(), pytest.raises(FileNotFoundError):
-        run_script(str(script), [])
+    one_sentence(launch(script), 'No space left on device', 'summary.csv')
 
 
 def test_a_restart_in_the_same_folder_keeps_the_best(tmp_path):
@@ -148,13 +125,10 @@ def test_centers_go_on_from_the_initial_checkpoint_of_a_run_with_the_same_labels
 
 def test_the_last_batch_of_an_epoch_is_watched_too():
     task, images, target = Run().task, torch.zeros(2, 3, 32, 32), torch.tensor([0, 1])
-    options = argparse.Namespace(clip_grad=1., amp=True, amp_dtype='float16')
-    with watch_loss(task, [0], 0, options):
+    with watch_loss(task, [0], 0):
         task(images, target)
-    with pytest.raises(UserError, match=r'batch 0 of 1 .*--amp-dtype bfloat16') as error, \
-            watch_loss(task, [0], 1, options):
+    with pytest.raises(UserError, match=r'epoch 1, batch 0 of 1 .*--amp-dtype bfloat16'), watch_loss(task, [0], 1):
         task(images + torch.inf, target)
-    assert '--clip-grad' not in str(error.value)
 
 
 def test_weights_that_are_nan_are_not_saved(tmp_path):

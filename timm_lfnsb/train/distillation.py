@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher, LogitDistillationTask
 
 from ..errors import UserError
-from ..labels import LabelError, canonical_name, model_label_names
+from ..labels import canonical_name, model_label_names
 from ..models.loading import load_model
 from .task import CosineHarmonyMixin
 
@@ -46,19 +46,16 @@ class TeacherEnsemble(DistillationTeacher):
     def train(self, mode: bool = True) -> TeacherEnsemble:
         return super().train(False)  # a teacher does not learn
 
-    def compile(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:  # type: ignore[override]  # as in timm
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         for teacher in self.teachers:
             teacher.compile(*args, **kwargs)
-        return self
 
     def normalize_input(self, input: torch.Tensor, student_mean: Any = None, student_std: Any = None) -> torch.Tensor:
         """Undo the student's normalisation; each teacher's own is applied in `forward`."""
         return input if student_mean is None else input * student_std + student_mean
 
     def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        """Logits (B, C) in the run's order, of images (B, 3, H, W) with values in [0, 1]."""
-        if return_features:
-            raise ValueError('several teachers have no common features: take --kd-distill-type logit.')
+        """Logits (B, C) in the run's order, of images (B, 3, H, W) with values in [0, 1]; never features."""
         answers = []
         for teacher, size, order in zip(self.teachers, self.sizes, self.orders, strict=True):
             images = input
@@ -72,10 +69,7 @@ class TeacherEnsemble(DistillationTeacher):
 
 def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
     """Number of the teacher's output for each of the run's labels, found by name."""
-    try:
-        names = [canonical_name(name) for name in model_label_names(teacher)]
-    except LabelError as error:
-        raise UserError(f'--kd-model-name: {error}') from None
+    names = [canonical_name(name) for name in model_label_names(teacher)]
     wanted = [canonical_name(name) for name in label_names]
     if sorted(names) != sorted(wanted):
         raise UserError(
@@ -84,18 +78,12 @@ def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
-def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
+def load_teachers(names: str, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
     """The teachers that --kd-model-name lists, separated by commas; `args` are further ones of `TeacherEnsemble`."""
     if label_names is None:
         raise UserError("--kd-model-name: the labels of the run are not known, to be matched with the teacher's: train "
                         'on a folder of images, or give a --class-map.')
-    teachers = []
-    for name in names.split(','):
-        teacher: Any = load_model(name.strip(), inference=True)
-        if teacher.pretrained_cfg['input_size'][0] != in_chans:
-            raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
-        teachers.append(teacher)
-    return TeacherEnsemble(teachers, label_names, *args)
+    return TeacherEnsemble([load_model(name.strip(), inference=True) for name in names.split(',')], label_names, *args)
 
 
 class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
@@ -111,7 +99,7 @@ class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
     student_mean: Any
     student_std: Any
 
-    def __init__(self, student_model: Any, *args: Any, **kwargs: Any):
+    def __init__(self, student_model: Any, *args: Any, **kwargs: Any):  # under timm's name of the argument
         super().__init__(student_model, *args, **kwargs)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
