@@ -60,7 +60,6 @@ def test_same_logits_and_the_class_maps_labels(ema, make_run, tmp_path):
     (dict(class_map='/gone.txt'), r'gone\.txt is not there any more'),
     # Another folder's file of the same name would give wrong names without a word.
     (dict(class_map='class_map.txt'), 'relative path'),
-    (dict(class_map='', data_dir='.'), 'relative path'),
     (dict(class_map='', data_dir='/nowhere'), '--labels'),
 ])
 def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run, tmp_path, face_folder, monkeypatch):

@@ -71,7 +71,7 @@ def render_card_for_folder(
     model: Any = load_model(f'local-dir:{path}')
     labels = model_label_names(model)
     try:
-        measured = json.loads(Path(metrics).read_text(encoding='utf-8')) if metrics else None
+        measured: Any = json.loads(Path(metrics).read_text(encoding='utf-8')) if metrics else None
         if metrics and [*map(canonical_name, measured['label_names'])] != [*map(canonical_name, labels)]:
             raise UserError(f"{metrics} is of a model with other labels [{', '.join(measured['label_names'])}].")
         return _render(
