@@ -68,9 +68,10 @@ def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run,
     if reason is None:  # the folders, as train.py indexed them
         assert pack(run, tmp_path / 'out')['label_names'] == BY_FOLDER
         return
-    for labels, why in {None: reason, 'abc': 'the model has 4 classes', 'abca': 'one name for each'}.items():
+    for labels, why in {None: reason, 'a,b,c': 'the model has 4 classes', 'a,b,c,a': 'one name for each',
+                        'a,,c,d': 'one name for each'}.items():
         with pytest.raises(UserError, match=why):
-            pack(run, tmp_path / 'out', labels=labels and list(labels))
+            pack(run, tmp_path / 'out', labels=labels and labels.split(','))
     assert not (tmp_path / 'out').exists()
     assert pack(run, tmp_path / 'out', labels=list('abcd'))['label_names'] == ['a', 'b', 'c', 'd']
 
@@ -106,6 +107,12 @@ def test_half_precision_keeps_norms_and_halves_the_file(make_run, tmp_path):
     assert half < 0.6 * full and loaded.fc.weight.dtype == torch.float32
     assert torch.equal(loaded.stem[0].bn.running_var, ema.stem[0].bn.running_var)
     torch.testing.assert_close(loaded.fc.weight, ema.fc.weight, rtol=1e-3, atol=1e-4)
+    checkpoint = torch.load(run / 'model_best.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema']['fc.weight'][0, 0] = 1e6
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    with pytest.raises(UserError, match=r'fc\.weight has values that float16 cannot hold'):
+        pack(run, tmp_path / 'infinite', half=True)
+    assert not (tmp_path / 'infinite').exists()
 
 
 def test_command_line(make_run, tmp_path):

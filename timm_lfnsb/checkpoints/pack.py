@@ -94,9 +94,11 @@ def resolve_labels(args: argparse.Namespace, labels: Sequence[str] | None) -> li
 
 def half_precision(model: torch.nn.Module) -> None:
     """Store matrices and kernels as float16; vectors (norms, biases) stay, they are small and need the range."""
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.half()
+            if not parameter.isfinite().all():
+                raise UserError(f'{name} has values that float16 cannot hold: pack without --half.')
 
 
 def write_folder(
