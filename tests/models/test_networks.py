@@ -68,7 +68,7 @@ def test_wrapped_checkpoints_load_alike(wrap, tmp_path):
 def test_incomplete_authors_checkpoint_is_refused(tmp_path):
     entry = golden_networks()['lfnsb_7']
     entry = dict(entry, keys={k: v for k, v in entry['keys'].items() if 'features.5.model.3.CA.conv2' not in k})
-    with pytest.raises(RuntimeError, match=r'Missing keys: 2 \(stages\.1\.4\.attn\.conv_h'):
+    with pytest.raises(RuntimeError, match=r"Missing keys: 2 \['stages\.1\.4\.attn\.conv_h"):
         load_golden(entry, tmp_path)
 
 

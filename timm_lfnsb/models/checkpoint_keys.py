@@ -1,7 +1,4 @@
-"""Keys of checkpoints: those of the authors' released code renamed to ours, all checked to be the model's.
-
-The released code names the layers of LFN and MFN, and numbers those of LFNSB and DDAMFN.
-"""
+"""Keys of checkpoints: those of the authors' released code renamed to ours, all checked to be the model's."""
 from __future__ import annotations
 
 import re
@@ -11,7 +8,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import nn
 
-# Their prefix -> ours; a second group counts the blocks of a stage after the one of stride 2.
+# Their prefix, with numbers or names -> ours; a second group counts the blocks of a stage after the one of stride 2.
 _PREFIXES: tuple[tuple[str, str], ...] = (
     (r'^(features\.0|conv1)\.', 'stem.0.'),
     (r'^(features\.1|conv2_dw)\.', 'stem.1.'),
@@ -60,15 +57,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     given, wanted = (
         {key for key in keys if not key.startswith('fc.') and not key.endswith('.num_batches_tracked')}
         for keys in (state_dict, model.state_dict()))
-    if given != wanted:
-        raise RuntimeError(
-            f'The checkpoint is of another network. Missing keys: {_some(wanted - given)}; unexpected keys: '
-            f'{_some(given - wanted)}.')
+    missing, foreign = sorted(wanted - given), sorted(given - wanted)
+    if missing or foreign:
+        raise RuntimeError(f'The checkpoint is of another network. Missing keys: {len(missing)} {missing[:3]}; '
+                           f'unexpected keys: {len(foreign)} {foreign[:3]}.')
     return state_dict
-
-
-def _some(keys: set[str]) -> str:
-    return f"{len(keys)} ({', '.join(sorted(keys)[:3])}, ...)" if keys else 'none'
 
 
 def rename_keys(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

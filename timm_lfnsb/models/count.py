@@ -1,7 +1,4 @@
-"""Count parameters and multiply-accumulates with fvcore, whole and per stage.
-
-fvcore calls its figure flops; it counts multiply-accumulates (MACs), and so does this module's output say.
-"""
+"""Count parameters and multiply-accumulates with fvcore, which calls them flops, whole and per stage."""
 from __future__ import annotations
 
 import math
@@ -39,11 +36,6 @@ class Count:
     stages: dict[str, tuple[int, int]]
     uncounted: dict[str, int]
 
-    @property
-    def paper(self) -> tuple[float, float] | None:
-        """Parameters and "FLOPs" in millions as the paper's Table 2 prints them, where it has the model."""
-        return PAPER_TABLE_2.get(self.model.split('.')[0])
-
 
 def _count_pool(inputs: list[Any], outputs: list[Any]) -> int:
     """One operation per input value, as fvcore counts its adaptive average pool, however the pool is written."""
@@ -73,19 +65,17 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
     by_module = analysis.by_module()
     modules = dict(model.named_modules())
     parts = [part for part in modules if re.fullmatch(r'stages\.\d|(?!stages$|head_drop$)\w+', part)]
-    stages = {
-        part: (sum(p.numel() for p in modules[part].parameters()), int(by_module[part])) for part in parts
-    }
+    params = {part: sum(p.numel() for p in modules[part].parameters()) for part in ('', *parts)}
     return Count(
-        name, input_size, model.num_classes, sum(p.numel() for p in model.parameters()), int(analysis.total()), stages,
-        dict(analysis.unsupported_ops().most_common()))
+        name, input_size, model.num_classes, params[''], int(analysis.total()),
+        {part: (params[part], int(by_module[part])) for part in parts}, dict(analysis.unsupported_ops().most_common()))
 
 
 def format_counts(counts: list[Count]) -> str:
     """The counts as a table for a terminal, beside the paper's Table 2."""
     lines = [f'{"model":<24} {"params":>10} {"MACs":>10}   paper: {"params":>9} {"FLOPs":>10}']
     for count in counts:
-        paper = count.paper
+        paper = PAPER_TABLE_2.get(count.model.split('.')[0])
         printed = f'{paper[0]:>15.3f} M {paper[1]:>8.2f} M' if paper else f'{"-":>17} {"-":>10}'
         lines.append(f'{count.model:<24} {count.params / 1e6:>8.3f} M {count.macs / 1e6:>8.1f} M {printed}')
         for stage, (params, macs) in count.stages.items():

@@ -12,11 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PART_BYTES = 8_000_000
-"""Size of the widest map of a part of a large batch, so that it stays in the cache."""
-
-FEW_POSITIONS = 1024
-"""Positions up to which a linear layer is faster than a 1x1 convolution, which prepares its weights first."""
+PART_BYTES = 8_000_000  # of the widest map of a part of a large batch, which stays in the cache then
+FEW_POSITIONS = 1024  # up to which a linear layer is faster than a 1x1 convolution, which prepares its weights first
 
 
 def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:

@@ -18,19 +18,12 @@ from .cpu import apply_gates, channels_last_on_cpu, prelu, strip_means
 for _name in ('apply_gates', 'channels_last_on_cpu', 'prelu', 'strip_means'):
     torch.fx.wrap(_name)
 
-# The depthwise convolution of a bottleneck: kernel size -> number of channels it filters.
-Mix = dict[int, int]
+Mix = dict[int, int]  # the depthwise convolution of a bottleneck: kernel size -> number of channels it filters
 
 
 @torch.no_grad()
 def fold_norm(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> bool:
-    """Fold a batch norm into the convolution or linear layer before it, in place.
-
-    The running statistics are used, whatever mode the norm is in.
-
-    Returns:
-        Whether it was folded: something without running statistics is left as it is.
-    """
+    """Fold a batch norm, by its running statistics, into the layer before it; without them say False."""
     if getattr(norm, 'running_var', None) is None:
         return False
     layer.weight, layer.bias = fuse_conv_bn_weights(
@@ -47,17 +40,15 @@ class PReLU(nn.PReLU):
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution without bias (padding k // 2 unless given), batch norm, and PReLU per channel where `act` is set."""
+    """Convolution without bias (padding k // 2), batch norm, and PReLU per channel where `act` is set."""
 
     def __init__(
-            self, in_chs: int, out_chs: int, kernel_size: int | tuple[int, int] = 1, stride: int = 1,
-            padding: int | None = None, groups: int = 1, act: bool = True, device=None, dtype=None,
+            self, in_chs: int, out_chs: int, kernel_size: int | tuple[int, int] = 1, stride: int = 1, groups: int = 1,
+            act: bool = True, device=None, dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if padding is None:
-            assert isinstance(kernel_size, int)
-            padding = kernel_size // 2
+        padding = kernel_size // 2 if isinstance(kernel_size, int) else 0
         self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **dd)
         if act:
@@ -85,7 +76,7 @@ class GDConv(ConvNormAct):
     """
 
     def __init__(self, chs: int, kernel_size: tuple[int, int], device=None, dtype=None):
-        super().__init__(chs, chs, kernel_size, padding=0, groups=chs, act=False, device=device, dtype=dtype)
+        super().__init__(chs, chs, kernel_size, groups=chs, act=False, device=device, dtype=dtype)
         self.height, self.width = kernel_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,12 +118,10 @@ class MixConv(nn.Module):
         if len(self.splits) == 1 or str(self) != str(MixConv(self.mix, self.stride, device='meta')):
             return  # nothing to merge, or somebody put other convolutions in
         convs = [conv for conv in self.convs if isinstance(conv, nn.Conv2d)]
-        kernel, chs = max(conv.kernel_size[0] for conv in convs), sum(self.splits)
-        weight = torch.cat([F.pad(conv.weight, 4 * [(kernel - conv.kernel_size[0]) // 2]) for conv in convs])
-        merged = nn.Conv2d(
-            chs, chs, kernel, self.stride, kernel // 2, groups=chs, bias=False,
-            device=weight.device, dtype=weight.dtype)
-        merged.weight = nn.Parameter(weight, convs[0].weight.requires_grad)
+        kernel, chs = max(self.mix), sum(self.splits)
+        padded = [F.pad(conv.weight, 4 * [(kernel - conv.kernel_size[0]) // 2]) for conv in convs]
+        merged = nn.Conv2d(chs, chs, kernel, self.stride, kernel // 2, groups=chs, bias=False, device='meta')
+        merged.weight = nn.Parameter(torch.cat(padded), convs[0].weight.requires_grad)
         self.splits = [chs]
         self.convs = nn.ModuleList([merged])
 

@@ -8,7 +8,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..errors import UserError, one_sentence
+from ..errors import one_sentence
 from ..weights.fetch import fetch_model, fetch_weights
 from ..weights.names import HUB_ORG, HUB_REVISIONS
 from .networks import MixedFeatureNet
@@ -58,7 +58,6 @@ def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Modul
     """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        return model.to(device)
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from error
+    with one_sentence(f"cannot use the device '{device}'"):
+        model = model.to(device)
+    return model

@@ -52,12 +52,9 @@ class Bottleneck(nn.Module):
         mid_chs = sum(mix.values())
         self.residual = stride == 1
         self.expand = ConvNormAct(in_chs, mid_chs, **dd)
-        if mixed:
-            self.conv_dw = MixConv(mix, stride, **dd)
-            self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd)
-        else:
-            self.conv_dw = ConvNormAct(mid_chs, mid_chs, max(mix), stride, groups=mid_chs, **dd)
-            self.attn = nn.Identity()
+        self.conv_dw = MixConv(mix, stride, **dd) if mixed else ConvNormAct(
+            mid_chs, mid_chs, max(mix), stride, groups=mid_chs, **dd)
+        self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd) if mixed else nn.Identity()
         self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +70,7 @@ class Bottleneck(nn.Module):
         reference = Bottleneck(*self.config, device='meta')
         for part in (*self.children(), *reference.children()):
             if hasattr(part, 'reparameterize'):
-                part.reparameterize()
+                part.reparameterize()  # type: ignore[operator]
         return FusedBottleneck(self) if self.config[-1] and str(self) == str(reference) else self
 
 
@@ -374,47 +371,45 @@ _MOBILEFACENET_STAGES = (
 )
 
 
-def _create_network(variant: str, pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+def _create_network(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args: Any) -> MixedFeatureNet:
     if pretrained:
         kwargs = prefer_hub(variant, kwargs)
     return build_model_with_cfg(
         MixedFeatureNet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
+        **{**model_args, **kwargs},
     )
 
 
 @register_model
 def lfn_small(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """LFN with the head of MFN: the paper's network without Spatial Bias."""
-    model_args = dict(stages=_LFN_STAGES)
-    return _create_network('lfn_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network('lfn_small', pretrained, kwargs, stages=_LFN_STAGES)
 
 
 @register_model
 def lfnsb(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """LFN with Spatial Bias, the paper's network."""
-    model_args = dict(stages=_LFN_STAGES, head='sb')
-    return _create_network('lfnsb', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network('lfnsb', pretrained, kwargs, stages=_LFN_STAGES, head='sb')
 
 
 @register_model
 def mfn(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """MFN, the backbone of DDAMFN, with its embedding head."""
-    model_args = dict(stages=_MFN_STAGES, final_chs=512, stem_act=True)
-    return _create_network('mfn', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network('mfn', pretrained, kwargs, stages=_MFN_STAGES, final_chs=512, stem_act=True)
 
 
 @register_model
 def ddamfn(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """DDAMFN: MFN with two direction attention heads."""
-    model_args = dict(stages=_MFN_STAGES, final_chs=512, stem_act=True, head='dda', embed_dim=512)
-    return _create_network('ddamfn', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network(
+        'ddamfn', pretrained, kwargs, stages=_MFN_STAGES, final_chs=512, stem_act=True, head='dda', embed_dim=512)
 
 
 @register_model
 def mobilefacenet(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """MobileFaceNet, the baseline of the paper's Table 2, with the 128 values of its own paper as embedding."""
-    model_args = dict(stages=_MOBILEFACENET_STAGES, final_chs=512, mixed=False, stem_act=True, embed_dim=128)
-    return _create_network('mobilefacenet', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network(
+        'mobilefacenet', pretrained, kwargs, stages=_MOBILEFACENET_STAGES, final_chs=512, mixed=False, stem_act=True,
+        embed_dim=128)

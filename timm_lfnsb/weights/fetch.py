@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,11 +17,7 @@ from timm.models import resolve_pretrained_cfg
 
 from ..errors import UserError, reason
 from ..util.files import file_sha256
-from ..version import __version__
 from .names import DEFAULT_ORG, HUB_ORG, HUB_REVISIONS, WEIGHTS_DIR, hub_id
-
-_COMMIT = re.compile('[0-9a-f]{40}')
-_SHA256 = re.compile('[0-9a-f]{64}')
 
 
 def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +28,6 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: When there are no weights, or they cannot be had: there is no falling back to the embedded file.
     """
-    choice = os.environ.get('TIMM_LFNSB_WEIGHTS') or 'embedded'
-    if choice not in ('embedded', 'hub'):
-        raise UserError(f"TIMM_LFNSB_WEIGHTS is {choice!r}: it must be 'embedded' (the default) or 'hub'.")
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     name = f'{variant}.{cfg.tag}'
@@ -43,7 +35,8 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{name} has no trained weights: give a model that has some ({', '.join(HUB_REVISIONS)}, local-dir:PATH or "
             'hf-hub:ID), or start from random ones with pretrained=False.')
-    if choice == 'embedded' or cfg.state_dict or cfg.source or cfg.file != str(WEIGHTS_DIR / f'{name}.safetensors'):
+    embedded = cfg.file == str(WEIGHTS_DIR / f'{name}.safetensors') and not (cfg.state_dict or cfg.source)
+    if os.environ.get('TIMM_LFNSB_WEIGHTS') != 'hub' or not embedded:
         return kwargs
     path = fetch_weights(name, cache_dir=kwargs.get('cache_dir'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path)}}
@@ -76,7 +69,7 @@ def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path
     folder = _download(repo_id, 'config.json', revision, cache_dir).parent  # .../snapshots/COMMIT
     request = (repo_id, 'model.safetensors', folder.name, cache_dir)
     etag = _download(*request).resolve().name  # the cache names a file after what the Hub calls it
-    if _SHA256.fullmatch(etag):  # so it does large files
+    if len(etag) == 64:  # large files after their SHA-256, others after git's SHA-1
         _download_checked(
             etag, f'model.safetensors of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and was '
             'not loaded: it was altered or damaged on the way.', *request)
@@ -90,7 +83,7 @@ def describe_error(error: Exception, repo_id: str, what: str = '', revision: str
     """
     from huggingface_hub import constants
     host = urlsplit(constants.ENDPOINT).netloc
-    causes = [error]
+    causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
     kinds = set().union(*map(_kinds, causes))
@@ -98,7 +91,8 @@ def describe_error(error: Exception, repo_id: str, what: str = '', revision: str
     sentences = (
         ('OfflineModeIsEnabled' in kinds, f'{what or "the model"} of {repo_id} is not in the cache and HF_HUB_OFFLINE '
          'forbids to fetch it: unset HF_HUB_OFFLINE once, with a network.'),
-        (kinds & _UNREACHABLE, f'{host} cannot be reached ({reason(error)}): check the network, and HF_ENDPOINT if set.'),
+        (kinds & _UNREACHABLE,
+         f'{host} cannot be reached ({reason(error)}): check the network, and HF_ENDPOINT if set.'),
         ('RepositoryNotFoundError' in kinds, f'there is no model {repo_id} on {host}, or it is private or gated: check '
          'the name, ask for access on its page, and log in with `hf auth login` or HF_TOKEN.'),
         ('RevisionNotFoundError' in kinds,
@@ -108,7 +102,6 @@ def describe_error(error: Exception, repo_id: str, what: str = '', revision: str
          'weights, because they can hold code.'),
         ('LocalTokenNotFoundError' in kinds or 401 in statuses,
          f'{host} does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token.'),
-        (403 in statuses, f'you may not do this with {repo_id}: your account or token lacks the permission.'),
         (True, f"{host} could not {'give ' + what if what else 'do this'}: {reason(error)}."),
     )
     return next(sentence for applies, sentence in sentences if applies)
@@ -137,22 +130,20 @@ def _download(
         repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, force: bool = False,
 ) -> Path:
     """The cached file, downloaded if need be; a UserError has what huggingface_hub raised as its cause."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     request: dict[str, Any] = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
-    library: dict[str, Any] = dict(library_name='timm_lfnsb', library_version=__version__)
     try:
         cached = None if force else try_to_load_from_cache(**request)
-        if isinstance(cached, str) and revision and _COMMIT.fullmatch(revision):
+        if isinstance(cached, str) and Path(cached).parent.name == revision:  # a commit, which never changes
             return Path(cached)
         try:
             # One question first: where no answer comes, the download itself would go on asking for minutes.
-            get_hf_file_metadata(
-                hf_hub_url(repo_id, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT, **library)
+            get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision))
         except Exception as error:
             if _kinds(error) & _UNREACHABLE:
                 if isinstance(cached, str):
                     return Path(cached)
                 raise
-        return Path(hf_hub_download(**request, **library, force_download=force))
+        return Path(hf_hub_download(**request, force_download=force))
     except Exception as error:  # the client, its HTTP library and the file system each raise types of their own
         raise UserError(describe_error(error, repo_id, filename, revision)) from error
