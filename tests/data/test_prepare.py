@@ -60,9 +60,6 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-# Small copies of the layouts
-
-
 def make_zips(folder: Path, **members: dict[str, bytes]) -> Path:
     """One zip for each split with a face for every label, plus the given extra members."""
     folder.mkdir(exist_ok=True)
@@ -180,9 +177,6 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / 'target'
 
 
-# What is written
-
-
 @pytest.mark.parametrize('kaggle', [False, True])
 def test_ferplus_csv(source, target, kaggle):
     result = run('ferplus', make_csv(source, kaggle), target)
@@ -248,13 +242,12 @@ def test_what_is_written_is_what_timm_reads_and_a_repeat_leaves_it(source, targe
     assert ['total'] + [str(len(order))] * len(description['splits']) in table
 
     before = {path: path.stat().st_mtime_ns for path in target.rglob('*')}
-    again = run(dataset, source, target)
-    assert again.exit_code == 0 and 'already prepared' in again.output
+    assert 'already prepared' in run(dataset, source, target).output
     assert before == {path: path.stat().st_mtime_ns for path in target.rglob('*')}
     assert set(os.listdir(target.parent)) == {'source', 'target'}
 
 
-def test_hard_link_and_copy(source, target, tmp_path, monkeypatch):
+def test_hard_link_and_copy(source, target, tmp_path):
     original = make_rafdb(source / 'basic') / 'Image' / 'aligned' / 'train_00001_aligned.jpg'
     assert run('rafdb', source, target).exit_code == 0
     assert not os.path.samefile(original, target / 'train' / 'surprise' / original.name)
@@ -262,56 +255,38 @@ def test_hard_link_and_copy(source, target, tmp_path, monkeypatch):
     assert os.path.samefile(original, tmp_path / 'linked' / 'train' / 'surprise' / original.name)
     assert tree(target) == tree(tmp_path / 'linked')
 
-    def link(a, b):
-        raise OSError(18, 'Invalid cross-device link', str(a), None, str(b))
-    monkeypatch.setattr(os, 'link', link)
-    result = run('rafdb', source, tmp_path / 'other', '--hard-link')
-    assert_refused(result, 'cross-device link', 'other')
-    assert set(os.listdir(tmp_path)) == {'source', 'target', 'linked'}
-
-
-# Interruptions, targets that hold something else
-
 
 @pytest.mark.parametrize('file', [
-    'target/train/anger/6.png', 'target/train/anger/new.png', 'target/notes.txt', 'source/test/angry/new.png', None])
+    'target/train/anger/6.png', 'target/train/anger/new.png', 'target/notes.txt', 'source/test/angry/new.png'])
 def test_changed_target_is_refused(source, target, file):
     prepare_dataset('folder', make_folder(source), target)
-    if file:
-        write(target.parent / file, encode(99))
-    else:
-        (target / 'train' / 'anger' / '6.png').unlink()
+    write(target.parent / file, encode(99))
     before = tree(target)
     assert_refused(run('folder', source, target), 'target', 'something else')
     assert tree(target) == before
 
 
-def test_foreign_target(source, target, tmp_path):
+def test_foreign_target(source, target):
     make_rafdb(source)
-    target.mkdir()
-    assert run('rafdb', source, target).exit_code == 0  # an empty folder is welcome
-    file = write(tmp_path / 'thesis' / 'chapter.tex', b'text')
-    for place, words in ((file.parent, 'something else'), (file, 'Not a directory'), (source / 'new', 'lies inside')):
+    file = write(target / 'chapter.tex', b'text')
+    for place, words in ((target, 'something else'), (file, 'Not a directory'), (source / 'new', 'lies inside')):
         assert_refused(run('rafdb', source, place), str(place), words)
-    assert tree(file.parent) == {'chapter.tex': b'text'}
+    assert tree(target) == {'chapter.tex': b'text'}
 
 
-@pytest.mark.parametrize('error, message', [
-    (KeyboardInterrupt(), 'Aborted!'), (OSError(28, 'No space left on device'), 'No space left on device')])
-def test_interrupted_run(source, target, monkeypatch, error, message):
+def test_interrupted_run(source, target, monkeypatch):
     make_rafdb(source)
-    copyfile = shutil.copyfile
+    target.mkdir()  # an empty folder is welcome
 
     def interrupt(original, path):
         if path.name.startswith('test_00003'):
-            raise error
-        copyfile(original, path)
+            raise OSError(28, 'No space left on device')
+        path.write_bytes(original.read_bytes())
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, 'copyfile', interrupt)
-        result = run('rafdb', source, target)
-    assert result.exit_code == 1 and message in result.output
-    assert os.listdir(target.parent) == ['source']
+        assert_refused(run('rafdb', source, target), 'No space left on device')
+    assert sorted(os.listdir(target.parent)) == ['source', 'target'] and not list(target.iterdir())
     assert run('rafdb', source, target).exit_code == 0
 
 
@@ -323,27 +298,15 @@ def test_read_description_refuses_what_prepare_did_not_write(tmp_path, content):
         read_description(tmp_path)
 
 
-# Damaged and missing files
-
-
-@pytest.mark.parametrize('dataset, word', [
-    ('ferplus', 'train.zip'), ('folder', 'no images'), ('rafdb', 'list_patition_label'), ('affectnet8', 'no images')])
-def test_source_empty(source, target, dataset, word):
-    source.mkdir()
-    assert_refused(run(dataset, source, target), word, 'source')
-
-
-@pytest.mark.parametrize('damage', ['crc', 'truncated', 'not a zip', 'missing'])
-def test_zip_damaged(source, target, damage):
+@pytest.mark.parametrize('damage, words', [
+    (lambda content: content.replace(encode(23)[100:], encode(24)[100:], 1), 'test/surprise/fer2000003.png'),
+    (lambda content: content[:-500], 'is damaged'), (lambda content: b'<html>', 'is damaged')])
+def test_zip_damaged(source, target, damage, words):
     path = make_zips(source) / 'test.zip'
-    content = bytearray(path.read_bytes())
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(run('ferplus', source, target), 'test.zip', words)
     path.unlink()
-    if damage == 'crc':
-        content[content.index(encode(23)) + 100] ^= 0xff
-    if damage != 'missing':
-        path.write_bytes({'crc': content, 'truncated': content[:-500], 'not a zip': b'<html>'}[damage])
-    assert_refused(run('ferplus', source, target), 'test.zip', {
-        'crc': 'test/surprise/fer2000003.png', 'missing': 'No such file'}.get(damage, 'is damaged'))
+    assert_refused(run('ferplus', source, target), 'test.zip', 'No such file')
     assert not target.exists()
 
 
@@ -361,18 +324,12 @@ def test_zip_member_outside_the_tree(source, target, member):
 THIRD = ' '.join(map(str, fer_pixels(2)))
 
 
-def without_line(text: str, number: int) -> str:
-    lines = text.splitlines(keepends=True)
-    return ''.join(lines[:number] + lines[number + 1:])
-
-
 @pytest.mark.parametrize('file, change, words', [
     ('fer2013.csv', lambda text: text.replace(THIRD, THIRD[:300]), ['line 4', 'reshape']),
     ('fer2013.csv', lambda text: text.replace(THIRD, f'256 {THIRD[THIRD.index(" "):]}'), ['line 4', 'above 255']),
     ('fer2013.csv', lambda text: text[:-3000], ['unexpected end']),
-    ('fer2013.csv', lambda text: without_line(text, 17), ['pixels']),
-    ('fer2013new.csv', lambda text: without_line(text, 17), ['line 18']),
-    ('fer2013new.csv', lambda text: without_line(text, 1), ['line 11', 'other faces']),
+    ('fer2013new.csv', lambda text: text[:text.index('PrivateTest')], ['line 15']),
+    ('fer2013new.csv', lambda text: text.replace('PublicTest', 'PrivateTest'), ['line 12', 'other faces']),
     ('fer2013new.csv', lambda text: text.rstrip()[:-6], ['line 18', 'NoneType']),
     ('fer2013new.csv', lambda text: text.replace('contempt', 'despise'), ["KeyError('contempt')"]),
     ('fer2013new.csv', lambda text: text.replace('fer0000000', '../../evil'), ['line 2', '../../evil.png']),
@@ -401,27 +358,20 @@ def test_rafdb_damaged(source, target):
     assert not target.exists()
 
 
-@pytest.mark.parametrize('gone', ['val_set/images/103.jpg', 'train_set/annotations/103_exp.npy'])
-def test_affectnet_missing_pair(source, target, gone):
-    (make_affectnet(source) / gone).unlink()
-    assert_refused(run('affectnet8', source, target), gone, 'No such file')
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ('evil',)
 
 
-@pytest.mark.parametrize('value', ['', 'happy', float('nan'), float('inf'), [1, 2], b'npy', Evil()])
-def test_affectnet_annotation_damaged(source, target, value, monkeypatch):
+@pytest.mark.parametrize('value', ['', 'happy', float('nan'), float('inf'), [1, 2], Evil()])
+def test_affectnet_damaged(source, target, value, monkeypatch):
     path = make_affectnet(source) / 'train_set' / 'annotations' / '104_exp.npy'
-    if value == b'npy':
-        path.write_bytes(value)
-    else:
-        np.save(path, np.array(value), allow_pickle=True)
+    np.save(path, np.array(value), allow_pickle=True)
     monkeypatch.chdir(source)
     assert_refused(run('affectnet8', source, target), '104_exp.npy', 'damaged')
     assert not (source / 'evil').exists()
+    path.unlink()
+    assert_refused(run('affectnet8', source, target), '104_exp.npy', 'No such file')
 
 
 def test_folder_refusals(source, target):
@@ -432,9 +382,6 @@ def test_folder_refusals(source, target):
             ('extra', 'extra', 'no split'), ('validation', 'validation', 'two folders of one')):
         folder = folder.rename(source / place)
         assert_refused(run('folder', source, target), *words)
-
-
-# The real data
 
 
 def test_real_ferplus_counts(ferplus_source):
