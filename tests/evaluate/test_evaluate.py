@@ -239,13 +239,11 @@ def test_images_in_the_wrong_place_are_refused(model, tree, tmp_path):
             predict_folder(model, folder, split, **FAST)
 
 
-@pytest.mark.parametrize('names, message', [(EXPRESSIONS_7, '8 classes'), (EXPRESSIONS_8, 'not finite')])
-def test_models_with_unusable_label_names_or_weights_are_refused(model, tree, names, message):
-    unusable = copy.deepcopy(model)
-    unusable.pretrained_cfg['label_names'] = names
-    torch.nn.init.constant_(unusable.fc.bias, float('nan'))
-    with pytest.raises(UserError, match=message):
-        predict_folder(unusable, tree, **FAST)
+def test_broken_weights_are_refused(model, tree):
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.fc.bias, float('nan'))
+    with pytest.raises(UserError, match='not finite'):
+        predict_folder(broken, tree, **FAST)
 
 
 @pytest.mark.parametrize('package, command', [

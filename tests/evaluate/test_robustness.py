@@ -14,7 +14,6 @@ from timm_lfnsb.cli import main
 from timm_lfnsb.evaluate.predictions import predict_folder
 from timm_lfnsb.evaluate.robustness import PERTURBATIONS, measure_robustness, robustness_table
 
-
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 60), dtype=np.uint8)).convert('RGB')
 
 
@@ -109,7 +108,6 @@ def test_the_rows_count_what_they_say(face_folder):
 
 
 def test_on_the_command_line(face_folder):
-    arguments = ['weights', 'robustness', 'lfnsb.ferplus', '--data-dir', str(face_folder), '--split', 'validation',
-                 '--workers', '0', '--only', 'small']
-    result = CliRunner().invoke(main, arguments)
+    command = f'weights robustness lfnsb.ferplus --data-dir {face_folder} --split validation --workers 0 --only small'
+    result = CliRunner().invoke(main, command.split())
     assert result.exit_code == 0 and '| 24x24 pixels ' in result.output and 'mirrored' not in result.output
