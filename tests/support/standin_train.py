@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from timm import utils
+from timm import utils  # noqa: F401
 from timm.data import create_dataset, create_loader
 from timm.models import create_model
 from timm.task import ClassificationTask, LogitDistillationTask

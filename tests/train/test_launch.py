@@ -11,11 +11,6 @@ from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.recipes import recipe_names
 
 
-def test_without_the_options_nothing_changes(tmp_path):
-    result = standin(tmp_path, '--aug-splits', '3')  # the loss would refuse it
-    assert result['task'] == 'ClassificationTask' and set(result['parts']) == {'loss', 'output'}
-
-
 def test_the_options_build_our_task(tmp_path):
     result = standin(
         tmp_path, '--cosine-harmony', '2', '--cosine-harmony-variant', 'paper', '--cosine-harmony-fixed-centers')
@@ -39,13 +34,8 @@ def test_the_options_work_from_yaml_and_the_command_line_wins(tmp_path):
 
 
 def test_help():
-    result = launch(STANDIN, '--help')
-    assert result.exit_code == 0
-    for flag in ('--cosine-harmony WEIGHT', '--cosine-harmony-alpha', '--cosine-harmony-variant', '--label-votes FILE',
-                 '--cosine-harmony-fixed-centers', '--balance-power POWER', '--logit-adjustment TAU', '--photo-look',
-                 '--skip-folders NAME', '--no-epoch-seeds', '--kd-model-name'):
-        assert flag in result.output
-    assert 'TIMM_SCRIPTS' in launch('--help').output
+    for flag in ('--cosine-harmony WEIGHT', '--label-votes FILE', '--logit-adjustment TAU', '--kd-model-name'):
+        assert flag in launch(STANDIN, '--help').output
 
 
 def test_class_maps_of_the_package_go_by_name(tmp_path):
@@ -101,15 +91,6 @@ def test_a_script_that_goes_past_the_replaced_task_is_refused(face_folder, tmp_p
     assert launch(*args).exit_code == 0
     for option in ('--cosine-harmony', '--logit-adjustment'):
         one_sentence(launch(*args, option, '1'), f'{option}', 'builds a ClassificationTask')
-
-
-def test_scripts_that_parse_known_args_or_check_the_type(tmp_path):
-    script = changed_standin(
-        tmp_path, ('parser.parse_args(remaining)', 'parser.parse_known_args(remaining)[0]'),
-        ('parts = task(', 'print(type(task).__name__, isinstance(task, ClassificationTask))\n    parts = task('))
-    assert launch(script, '--output', tmp_path).output.strip() == 'ClassificationTask True'
-    ours = launch(script, '--output', tmp_path, '--cosine-harmony', '1')
-    assert ours.output.strip() == 'CosineHarmonyTask True'
 
 
 def test_scripts_of_older_releases(tmp_path, caplog):

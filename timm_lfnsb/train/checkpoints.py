@@ -7,7 +7,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ def find_checkpoint(run: Path) -> Path:
     for path in (run, run / 'model_best.pth.tar', run / 'last.pth.tar'):
         if path.is_file():
             return path
-    raise UserError(f'{run} {"has neither model_best.pth.tar nor last.pth.tar" if run.is_dir() else "does not exist"}: '
-                    'give the folder of a run of train.py, or one of its checkpoints.')
+    raise UserError(f'no model_best.pth.tar or last.pth.tar in {run}: give the folder of a run of train.py.')
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -88,22 +87,15 @@ def load_centers(task: Any, options: argparse.Namespace) -> None:
         return
     state = checkpoint.get('task_state_ema') or checkpoint.get('task_state') or {}
     centers = state.get('cosine_harmony', {}).get('centers')
-    if centers is None:
-        return
     same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
-    if same and centers.shape == task.centers.shape:
+    if centers is not None and same and centers.shape == task.centers.shape:
         task.load_task_state(state)
-        _logger.info('The centers go on from --initial-checkpoint.')
-    else:
+    elif centers is not None:
         _logger.warning('The centers of --initial-checkpoint are of other classes or features: they start anew.')
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Refuse a checkpoint to resume from that is not there, and an output folder that cannot be made or written.
-
-    Raises:
-        UserError, OSError: The former, the latter.
-    """
+    """Refuse a checkpoint to resume from that is not there, and (OSError) an output folder that cannot be written."""
     if options.resume and not Path(options.resume).is_file():
         raise UserError(f'--resume {options.resume} is not a file: give a checkpoint of the run, such as last.pth.tar.')
     if rank() != 0:  # only the first process writes
@@ -118,8 +110,7 @@ def check_output(options: argparse.Namespace) -> None:
 def watch_loss(task: torch.nn.Module, loader: Any, epoch: int) -> Iterator[None]:
     """Stop an epoch of a task of timm whose loss is not finite, and say at which batch.
 
-    A loss is looked at when the next batch comes, or the epoch ends: by then timm's script has fetched it for its own
-    log, so the device waits at no other point. `SafeSaver` does not write the weights of that one step.
+    A loss is looked at when the next batch comes, or the epoch ends: by then timm's script has fetched it for its log.
     """
     losses: list[torch.Tensor] = []  # one flag a batch: is its loss finite?
 
@@ -151,8 +142,7 @@ class SafeSaver(CheckpointSaver):
 
     * A checkpoint that cannot be written, or whose weights are not finite, ends the run; the former ones stay.
     * `last` and `model_best` are always whole: a new one takes the place of the old in one step.
-    * A run that is resumed in its own folder goes on from its best epoch; without that, the first epoch after the
-      restart would become `model_best`.
+    * A run that is resumed in its own folder goes on from its best epoch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -176,9 +166,8 @@ class SafeSaver(CheckpointSaver):
             yield
         # torch's own writer of files reports a full disk as a RuntimeError.
         except (OSError, RuntimeError) as error:
-            for name in ('tmp', 'recovery_tmp'):
-                with suppress(OSError):
-                    (self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
+            for path in (*self.folder.glob('*tmp.pth.tar'), *self.folder.glob('*.tmp')):
+                path.unlink()
             reason = (getattr(error, 'strerror', None) or str(error)).splitlines()[0]
             raise UserError(f'the checkpoint of epoch {epoch} cannot be written to {self.folder} ({reason}): free some '
                             f'space; {advice}.') from None
@@ -196,12 +185,9 @@ class SafeSaver(CheckpointSaver):
         os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        new = f'{dst}.tmp'
-        try:
-            super()._duplicate(src, new)
-            os.replace(new, dst)
-        finally:
-            Path(new).unlink(missing_ok=True)  # there still if the copy failed, or if both were one file
+        super()._duplicate(src, f'{dst}.tmp')
+        os.replace(f'{dst}.tmp', dst)
+        Path(f'{dst}.tmp').unlink(missing_ok=True)  # there still if both were one file
 
 
 def summarize(epoch: int, train_metrics: Any, eval_metrics: Any, filename: str, **kwargs: Any) -> None:

@@ -74,10 +74,8 @@ def check_class_map(options: argparse.Namespace, root: str, folders: Sequence[st
             f"{', '.join(named)}; it names {', '.join(map(str, classes))}: make a folder with these names by "
             f'`timm-lfnsb prepare folder {options.data_dir} TARGET`, rename them, or name what is to be left out with '
             '--skip-folders.')
-    high = max((classes[name] for name in folders if name in classes), default=0)
-    if options.num_classes and high >= options.num_classes:
-        raise UserError(f'{class_map} numbers the folders of {root} up to {high}, counted from 0, but --num-classes is '
-                        f'{options.num_classes}.')
+    if options.num_classes and any(classes.get(name, 0) >= options.num_classes for name in folders):
+        raise UserError(f'{class_map} has more classes than --num-classes {options.num_classes}.')
 
 
 def kept_classifier(options: argparse.Namespace) -> Sequence[str] | None:
@@ -89,8 +87,8 @@ def kept_classifier(options: argparse.Namespace) -> Sequence[str] | None:
         if options.model.startswith('local-dir:'):
             path = Path(options.model.removeprefix('local-dir:'), 'config.json')
             names = json.loads(path.read_text(encoding='utf-8')).get('label_names')
-        elif is_model_pretrained(options.model):
-            names = get_pretrained_cfg(options.model).label_names
+        elif is_model_pretrained(options.model) and (cfg := get_pretrained_cfg(options.model)):
+            names = cfg.label_names
     return names if names and options.num_classes in (None, len(names)) else None
 
 
@@ -109,13 +107,9 @@ def warn_of_other_labels(options: argparse.Namespace) -> None:
     old_keys, new_keys = ([canonical_name(name) for name in names or ()] for names in (old, new))
     if not old or not new or old_keys == new_keys:
         return
-    remedy = 'Rename the classes if they only differ in spelling, or leave the weights out'
-    if sorted(old_keys) == sorted(new_keys):
-        ordered = [new[new_keys.index(key)] for key in old_keys]
-        remedy = f"Give --class-map a file with the lines {', '.join(ordered)}"
     _logger.warning(
         'The weights this run starts from have other classes, or the same in another order.\n'
         f"  weights: {', '.join(old)}\n"
         f"  this run ({options.class_map or 'folder names in alphabetical order'}): {', '.join(new)}\n"
-        f'  The classifier is kept by position, so classes start out as other ones. {remedy}, or start the classifier '
-        'anew with --head-init-scale 0.')
+        '  The classifier is kept by position, so classes start out as other ones. Give --class-map a file with the '
+        "run's names in the order of the weights, or start the classifier anew with --head-init-scale 0.")

@@ -1,8 +1,7 @@
 """Wrappers of a training set that draw anew in each epoch, as a function of seed and epoch alone.
 
-timm's train script seeds once, at its start, so that each epoch depends on those before it. Here a run that is resumed
-repeats what it would have done. What worker processes need is in shared memory: they live on from epoch to epoch, with
-the dataset they were started with.
+So a run that is resumed repeats what it would have done. What worker processes need is in shared memory: they live on
+from epoch to epoch, with the dataset they were started with.
 """
 from __future__ import annotations
 
@@ -48,11 +47,7 @@ class DatasetWrapper(Dataset):
 
 
 def folder_targets(dataset: Any) -> torch.Tensor:
-    """Class numbers (N,) of the images of a folder dataset of timm, of their folders or drawn from votes.
-
-    Raises:
-        UserError: When the dataset does not tell its targets without loading images.
-    """
+    """Class numbers (N,) of the images of a folder dataset of timm, of their folders or drawn from votes."""
     if not hasattr(getattr(dataset, 'reader', None), 'samples'):
         raise UserError('--label-votes, --balance-power and --logit-adjustment need a folder of images as --data-dir.')
     return torch.tensor([target for _, target in dataset.reader.samples])

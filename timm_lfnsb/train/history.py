@@ -84,8 +84,8 @@ def find_recipe(settings: dict[str, Any]) -> dict[str, Any]:
     """The recipe of this package that a run followed, told by what `clean_settings` leaves of its settings.
 
     Returns:
-        `recipe`, the name of the recipe with the fewest settings that differ, and `overrides`, the run's values of
-        those; None and an empty dict where more than a third of every recipe's settings differ.
+        `recipe`, the one with the fewest settings that differ, and `overrides`, the run's values of those; None and an
+        empty dict where more than a third of every recipe's settings differ.
     """
     candidates: list[tuple[str | None, dict[str, Any]]] = []
     for name in recipe_names():

@@ -52,7 +52,7 @@ def run_script(script: str, args: Sequence[str]) -> None:
     A script whose name contains 'train' gets the options of this package; every other script runs as it is.
 
     Raises:
-        UserError: When the script is missing, cannot do what the options ask, or has to stop.
+        UserError: When the script is missing, or cannot do what the options ask, or has to stop.
     """
     path = find_script(script)
     sys.argv = [str(path), *args]
@@ -138,8 +138,7 @@ class Hooks:
                 counts = torch.from_numpy(dataset.probabilities.sum(axis=0))
             else:
                 counts = folder_targets(dataset).bincount(minlength=options.num_classes or 0)
-            shares = counts.double().clamp(min=1) ** (1 - options.balance_power)
-            self.prior = prior_logits(shares, options.logit_adjustment)
+            self.prior = prior_logits(counts, options.logit_adjustment * (1 - options.balance_power))
         if options.balance_power:
             dataset = BalancedDataset(dataset, options.balance_power, options.seed)
         return dataset if options.no_epoch_seeds else SeededDataset(dataset, options.seed, rank())
@@ -158,7 +157,7 @@ class Hooks:
     def train_one_epoch(self, epoch: int, model: Any, loader: Any, *args: Any, task: Any, **kwargs: Any) -> Any:
         """The script's epoch, seeded by its number, with a watch on the loss."""
         if self.adds_loss and not hasattr(task, 'is_configured'):
-            raise UserError(f'--cosine-harmony or --logit-adjustment is on, but this script builds a '
+            raise UserError('--cosine-harmony or --logit-adjustment is on, but this script builds a '
                             f"{type(task).__name__}: leave the option out, or take timm's own train.py.")
         if not self.options.no_epoch_seeds:
             seed_epoch(loader, self.options.seed, epoch, rank())

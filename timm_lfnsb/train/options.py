@@ -87,9 +87,8 @@ def resolve_paths(options: argparse.Namespace) -> None:
         places = [Path(options.label_votes), Path(data_dir or '', options.label_votes)]
         found = [str(path.resolve()) for path in places if path.is_file()]
         if not found:
-            raise UserError(
-                f'--label-votes {options.label_votes} is not a file, nor is it in the data folder {data_dir}: '
-                '`timm-lfnsb prepare ferplus` writes votes.csv; leave the option out to train with the folders alone.')
+            raise UserError(f'--label-votes {options.label_votes} is not a file, nor is it in the data folder '
+                            f'{data_dir}: `timm-lfnsb prepare ferplus` writes votes.csv.')
         options.label_votes = found[0]
 
 
@@ -98,7 +97,8 @@ def distils(options: argparse.Namespace) -> bool:
     names = options.kd_model_name or ''
     if not names or options.cosine_harmony or options.logit_adjustment or ':' in names or ',' in names:
         return bool(names)
-    return not is_model_pretrained(names) or bool(get_pretrained_cfg(names).label_names)
+    cfg = get_pretrained_cfg(names) if is_model_pretrained(names) else None
+    return cfg is None or bool(cfg.label_names)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -109,7 +109,7 @@ def check_options(options: argparse.Namespace) -> None:
     value = vars(options).get  # no release of timm has all options
     for name, high in (('cosine_harmony', math.inf), ('logit_adjustment', math.inf), ('balance_power', 1),
                        ('photo_look', 1)):
-        if not 0 <= value(name) <= high:
+        if not 0 <= getattr(options, name) <= high:
             raise UserError(f'{flag(name)} must lie in [0, {high}], not {value(name)}.')
     for name, others in CONFLICTS.items():
         for other in others:

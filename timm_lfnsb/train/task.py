@@ -112,8 +112,7 @@ class CosineHarmonyMixin(TrainingTask):
         return {'cosine_harmony': loss.state_dict()} if loss is not None else {}
 
     def load_task_state(
-            self, state: Optional[Dict[str, Any]], strict: bool = True, module: Optional[nn.Module] = None,
-            ema: bool = False) -> None:
+            self, state: dict | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False) -> None:
         loss = self._loss_module(module, ema)
         if loss is not None and state and 'cosine_harmony' in state:  # else the centers start anew
             loss.load_state_dict(state['cosine_harmony'], strict=strict)
@@ -121,9 +120,8 @@ class CosineHarmonyMixin(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         trainable = unwrap_model(self.trainable_module)
         parameters = list(trainable.model.parameters())
-        if exclude_head:  # timm's convention: the last two parameters are the classifier's
-            parameters = parameters[:-2]
-        return parameters + list(trainable.loss.parameters())
+        # timm's convention: the last two parameters are the classifier's
+        return parameters[:-2 if exclude_head else None] + list(trainable.loss.parameters())
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         output, harmony = self.trainable_module(input, target)

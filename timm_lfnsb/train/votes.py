@@ -32,7 +32,7 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
         Votes (C,) of each image by its file name without folders.
 
     Raises:
-        UserError: When a column is missing, a count is not a number from 0 on, or a file is listed twice.
+        UserError: When a column is missing, or a count is not a number from 0 on.
     """
     names = [canonical_name(name) for name in label_names]
     votes: dict[str, np.ndarray] = {}
@@ -48,8 +48,6 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
                 counts = np.array([float(values[label]) for label in names])
                 if not (np.isfinite(counts) & (counts >= 0)).all():
                     raise ValueError('counts from 0 on are expected')
-                if name in votes:
-                    raise ValueError(f'{name} is listed twice')
                 votes[name] = counts
         except (csv.Error, ValueError) as error:
             raise UserError(f'--label-votes {path}, line {rows.line_num}: {error}.') from None
@@ -112,7 +110,7 @@ class VotedDataset(DatasetWrapper):
     def __init__(self, dataset: Any, path: Path, label_names: Sequence[str] | None, seed: int = 0):
         super().__init__(dataset)
         folders = folder_targets(dataset)
-        assert label_names is not None  # as in any folder
+        assert label_names is not None  # a folder has them
         files = [file for file, _ in dataset.reader.samples]
         self.names = [PurePath(getattr(file, 'name', file)).name for file in files]  # one in a tar file has a name
         self.probabilities = match_votes(read_votes(path, label_names), self.names, folders.tolist(), len(label_names))
