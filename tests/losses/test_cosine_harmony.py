@@ -62,6 +62,18 @@ def test_formula(variant, alpha, dtype):
         assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_gradients_and_autocast(variant):
+    loss, features, target = make(variant=variant)
+    expected = loss(features, target)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(loss(features, target), expected)
+        assert loss(features.bfloat16(), target).dtype == torch.float32
+    loss.double()
+    assert torch.autograd.gradcheck(lambda x, c: torch.func.functional_call(loss, {'centers': c}, (x, target)), (
+        features.double().requires_grad_(), loss.centers.detach().clone().requires_grad_()))
+
+
 def test_where_each_variant_ends():
     """Features free to move, with learned centers: only one variant leaves the classes apart."""
     own, within, between = {}, {}, {}
@@ -106,7 +118,7 @@ def test_ugly_cases_stay_finite(variant, change):
 
 
 @pytest.mark.parametrize('features, target, message', [
-    ((9, 12), torch.full((9,), 5), r'classes 0 to 4, got \[5, 5'),
+    ((9, 12), torch.full((9,), 5), 'classes 0 to 4, got labels from 5 to 5'),
     ((9, 12), torch.full((9,), -1), 'classes 0 to 4'),
     ((9, 11), torch.zeros(9, dtype=torch.long), r'shape \(N, 12\) .* got \(9, 11\)'),
     ((9, 12, 7, 7), torch.zeros(9, dtype=torch.long), r'shape \(N, 12\)'),

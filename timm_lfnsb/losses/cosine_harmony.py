@@ -100,7 +100,8 @@ class CosineHarmonyLoss(nn.Module):
             return target.to(features.dtype)
         # Reading values would break the graph of torch.compile.
         if not torch.compiler.is_compiling() and not ((target >= 0) & (target < self.num_classes)).all():
-            raise ValueError(f'CosineHarmonyLoss has classes 0 to {self.num_classes - 1}, got {target.tolist()}.')
+            raise ValueError(f'CosineHarmonyLoss has classes 0 to {self.num_classes - 1}, got labels from '
+                             f'{target.min()} to {target.max()}.')
         classes = torch.arange(self.num_classes, device=target.device)
         return (target[:, None] == classes).to(features.dtype)
 

@@ -110,7 +110,8 @@ class VotedDataset(DatasetWrapper):
     def __init__(self, dataset: Any, path: Path, label_names: Sequence[str] | None, seed: int = 0):
         super().__init__(dataset)
         folders = folder_targets(dataset)
-        assert label_names is not None  # a folder has them
+        if label_names is None:
+            raise UserError('--label-votes: the labels of the run are not known: give a --class-map.')
         files = [file for file, _ in dataset.reader.samples]
         self.names = [PurePath(getattr(file, 'name', file)).name for file in files]  # one in a tar file has a name
         self.probabilities = match_votes(read_votes(path, label_names), self.names, folders.tolist(), len(label_names))
