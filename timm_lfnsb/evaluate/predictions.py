@@ -80,6 +80,7 @@ def predict_folder(
         raise UserError(f"there is no test-time augmentation '{tta}': take 'hflip' or none.")
     if isinstance(model, str):
         model = load_model(model, inference=True)
+    to_device(model, device).eval()
     label_names = model_label_names(model)
     root = Path(data_dir) / split
     config = resolve_model_data_config(model)
@@ -96,7 +97,6 @@ def predict_folder(
         raise UserError(f'there are no images in {root / "LABEL"}; folders in {data_dir}: {there}.') from None
     files = [Path(file) for file in images.filenames()]
     indices = match_labels(sorted({file.parent.name for file in files}), label_names)
-    to_device(model, device).eval()
     place = next(model.parameters(), torch.empty(0)).device
     outputs = []
     with torch.inference_mode(), tqdm(total=len(images), desc=split, unit='image', disable=not progress) as bar:
