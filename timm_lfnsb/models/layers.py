@@ -96,12 +96,12 @@ class MixConv(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.stride = stride
-        self.mix = mix
         self.splits = list(mix.values())
         self.convs = nn.ModuleList([
             nn.Conv2d(chs, chs, kernel, stride, kernel // 2, groups=chs, bias=False, **dd)
             for kernel, chs in mix.items()
         ])
+        self.as_built = str(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.splits) == 1:
@@ -115,10 +115,10 @@ class MixConv(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Make it one convolution of the largest kernel, the smaller ones padded with zeros."""
-        if len(self.splits) == 1 or str(self) != str(MixConv(self.mix, self.stride, device='meta')):
+        if len(self.splits) == 1 or str(self) != self.as_built:
             return  # nothing to merge, or somebody put other convolutions in
         convs = [conv for conv in self.convs if isinstance(conv, nn.Conv2d)]
-        kernel, chs = max(self.mix), sum(self.splits)
+        kernel, chs = max(conv.kernel_size[0] for conv in convs), sum(self.splits)
         padded = [F.pad(conv.weight, 4 * [(kernel - conv.kernel_size[0]) // 2]) for conv in convs]
         merged = nn.Conv2d(chs, chs, kernel, self.stride, kernel // 2, groups=chs, bias=False, device='meta')
         merged.weight = nn.Parameter(torch.cat(padded), convs[0].weight.requires_grad)

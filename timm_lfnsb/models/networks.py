@@ -48,14 +48,14 @@ class Bottleneck(nn.Module):
             self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, mixed: bool = True, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.config = (in_chs, out_chs, mix, stride, mixed)
         mid_chs = sum(mix.values())
-        self.residual = stride == 1
+        self.mixed, self.residual = mixed, stride == 1
         self.expand = ConvNormAct(in_chs, mid_chs, **dd)
         self.conv_dw = MixConv(mix, stride, **dd) if mixed else ConvNormAct(
             mid_chs, mid_chs, max(mix), stride, groups=mid_chs, **dd)
         self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd) if mixed else nn.Identity()
         self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
+        self.as_built = str(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -67,11 +67,11 @@ class Bottleneck(nn.Module):
 
     def fuse(self) -> nn.Module:
         """A mixed block as one module of bare parameters, unless somebody put other parts into it."""
-        reference = Bottleneck(*self.config, device='meta')
-        for part in (*self.children(), *reference.children()):
+        plain = str(self) == self.as_built
+        for part in self.children():
             if hasattr(part, 'reparameterize'):
                 part.reparameterize()  # type: ignore[operator]
-        return FusedBottleneck(self) if self.config[-1] and str(self) == str(reference) else self
+        return FusedBottleneck(self) if self.mixed and plain else self
 
 
 class EmbeddingHead(nn.Module):
