@@ -26,8 +26,6 @@ def timm_scripts() -> Path:
     folder = os.environ.get('TIMM_SCRIPTS')
     if not folder:
         pytest.skip('set TIMM_SCRIPTS to a clone of https://github.com/huggingface/pytorch-image-models')
-    if not (Path(folder) / 'train.py').is_file():
-        pytest.fail(f'TIMM_SCRIPTS={folder} has no train.py')
     return Path(folder)
 
 

@@ -1,6 +1,7 @@
 """What the wheel and the sdist hold."""
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from support import ROOT
 @pytest.mark.slow
 def test_wheel_and_sdist(tmp_path):
     """Every data file of the package is in both, nothing of data sets is, and PyPI would take their metadata."""
-    pytest.importorskip('build', reason="pip install 'timm-lfnsb[dev]' brings build and twine")
-    pytest.importorskip('twine', reason="pip install 'timm-lfnsb[dev]' brings build and twine")
+    for module in ('build', 'twine'):
+        pytest.importorskip(module, reason="pip install 'timm-lfnsb[dev]' brings it")
     source = tmp_path / 'source'
     source.mkdir()
     for name in ('LICENSE', 'README.md', 'pyproject.toml'):
@@ -23,18 +24,17 @@ def test_wheel_and_sdist(tmp_path):
     for name in ('timm_lfnsb', 'tests'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
     # The environment's own setuptools where it has one, so that this needs no network.
-    isolation = [] if subprocess.run([sys.executable, '-c', 'import setuptools']).returncode else ['--no-isolation']
+    isolation = ['--no-isolation'] if importlib.util.find_spec('setuptools') else []
     subprocess.run([sys.executable, '-m', 'build', *isolation, str(source)], check=True, stdout=subprocess.DEVNULL)
     files = sorted((source / 'dist').iterdir())
     subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *map(str, files)], check=True)
 
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'timm_lfnsb').rglob('*')
               if path.is_file() and '__pycache__' not in path.parts}
-    assert {'timm_lfnsb/py.typed', 'timm_lfnsb/weights/lfnsb.ferplus.safetensors'} <= wanted
-    with zipfile.ZipFile(next(path for path in files if path.suffix == '.whl')) as wheel:
-        in_wheel = {name for name in wheel.namelist() if '.dist-info/' not in name}
-    with tarfile.open(next(path for path in files if path.suffix == '.gz')) as sdist:
-        in_sdist = {name.partition('/')[2] for name in sdist.getnames()}
+    wheel, = (zipfile.ZipFile(path) for path in files if path.suffix == '.whl')
+    sdist, = (tarfile.open(path) for path in files if path.suffix == '.gz')
+    in_wheel = {name for name in wheel.namelist() if '.dist-info/' not in name}
+    in_sdist = {name.partition('/')[2] for name in sdist.getnames()}
     assert in_wheel == wanted
     assert wanted <= in_sdist
     assert not [name for name in in_wheel | in_sdist if name.endswith(('.png', '.jpg', '.zip', '.csv', '.pth', '.bin'))]

@@ -82,7 +82,8 @@ def model_label_names(model: Any) -> tuple[str, ...]:
             'config.json, in the order of its outputs.')
     if isinstance(names, dict):  # timm also allows index -> name
         names = [names[index] for index in sorted(names, key=int)]
-    if len(names) != model.num_classes or len({canonical_name(name) for name in names}) != len(names):
+    different = {canonical_name(name) for name in names} - {''}
+    if not model.num_classes == len(names) == len(different):
         raise LabelError(
             f"the model has {model.num_classes} classes, but the label_names of its pretrained_cfg are "
             f"[{', '.join(names)}]: give one name for each output, in the order of its outputs.")

@@ -20,7 +20,7 @@ BY_FOLDER = ['anger', 'happiness', 'neutral', 'sadness']
 @pytest.fixture
 def make_run(tmp_path, face_folder):
     """Write what train.py leaves behind after a run on the tiny folder; returns it, the network and its average."""
-    def make(build: dict | None = None, state: dict | None = None, **settings):
+    def make(build: dict | None = None, **settings):
         args = dict(model='mobilefacenet', num_classes=4, data_dir=str(face_folder), train_split='train', dataset='',
                     class_map=str(face_folder / 'class_map.txt'), model_kwargs={}, in_chans=None, gp=None,
                     mean=None, std=None, interpolation='', crop_pct=None, input_size=None, img_size=None) | settings
@@ -31,7 +31,7 @@ def make_run(tmp_path, face_folder):
         torch.save({
             'epoch': 3, 'arch': args['model'], 'metric': 71.5, 'optimizer': {}, 'version': 2,
             'args': argparse.Namespace(**args), 'state_dict': model.state_dict(),
-            'state_dict_ema': ema.state_dict() | (state or {}),
+            'state_dict_ema': ema.state_dict(),
             'task_state': {'cosine_harmony': {'centers': torch.zeros(4, 512)}},
         }, run / 'model_best.pth.tar')
         return run, model, ema
@@ -39,25 +39,20 @@ def make_run(tmp_path, face_folder):
 
 
 @pytest.mark.parametrize('ema', [True, False])
-def test_same_logits_and_the_class_maps_labels_in_timm_and_transformers(ema, make_run, tmp_path):
+def test_same_logits_and_the_class_maps_labels(ema, make_run, tmp_path):
     run, model, model_ema = make_run()
     packed = pack(run, tmp_path / 'out', ema=ema)
     assert packed['label_names'] == IN_MAP and packed['ema'] == ema and packed['epoch'] == 3
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
-        expected = (model_ema if ema else model)(images)
-        torch.testing.assert_close(loaded(images), expected)
+        torch.testing.assert_close(loaded(images), (model_ema if ema else model)(images))
     config = loaded.pretrained_cfg
     assert list(config['label_names']) == IN_MAP and tuple(config['input_size']) == (3, 112, 112)
     assert config['crop_mode'] == 'squash' and config['crop_pct'] == 1.0
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
-
-    transformers = pytest.importorskip('transformers', reason="pip install 'timm-lfnsb[test]' brings transformers")
-    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
-    assert wrapped.config.id2label == dict(enumerate(IN_MAP))
-    with torch.no_grad():
-        torch.testing.assert_close(wrapped(images).logits, expected)
+    # transformers passes it as well, and fails where it is here; test_transformers.py loads such folders
+    assert 'num_classes' not in json.loads((tmp_path / 'out' / 'config.json').read_text()).get('model_args', {})
 
 
 @pytest.mark.parametrize('settings, reason', [
@@ -65,7 +60,6 @@ def test_same_logits_and_the_class_maps_labels_in_timm_and_transformers(ema, mak
     (dict(class_map='/gone.txt'), r'gone\.txt is not there any more'),
     # Another folder's file of the same name would give wrong names without a word.
     (dict(class_map='class_map.txt'), 'relative path'),
-    (dict(class_map='', data_dir='.'), 'relative path'),
     (dict(class_map='', data_dir='/nowhere'), '--labels'),
 ])
 def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run, tmp_path, face_folder, monkeypatch):
@@ -74,22 +68,17 @@ def test_labels_by_hand_only_where_the_run_is_silent(settings, reason, make_run,
     if reason is None:  # the folders, as train.py indexed them
         assert pack(run, tmp_path / 'out')['label_names'] == BY_FOLDER
         return
-    for labels, why in {None: reason, 'abc': '4 classes, but there are 3', 'abca': 'twice'}.items():
+    for labels, why in {None: reason, 'a,b,c': 'the model has 4 classes', 'a,b,c,a': 'one name for each',
+                        'a,,c,d': 'one name for each'}.items():
         with pytest.raises(UserError, match=why):
-            pack(run, tmp_path / 'out', labels=labels and list(labels))
+            pack(run, tmp_path / 'out', labels=labels and labels.split(','))
     assert not (tmp_path / 'out').exists()
     assert pack(run, tmp_path / 'out', labels=list('abcd'))['label_names'] == ['a', 'b', 'c', 'd']
 
 
 @pytest.mark.parametrize('settings, kwargs, reason', [
-    ({}, dict(labels=BY_FOLDER), "not the run's own"),
-    (dict(num_classes=7), {}, '7 classes, but there are 4 labels'),
-    (dict(state={'fc.weight': torch.full((4, 128), 1e6)}), dict(half=True), r'fc\.weight.*float16'),
-    (dict(model='no_such_model'), {}, 'does not fit the model'),
-    (dict(model='local-dir:/gone'), {}, 'does not fit the model'),
-    (dict(model_kwargs={'depth': 3}), {}, 'does not fit the model'),
-    (dict(gp='max'), {}, 'does not fit the model'),
-])
+    ({}, dict(labels=BY_FOLDER), "not the run's own"), (dict(num_classes=7), {}, 'the model has 7 classes'),
+    (dict(model='no_such_model'), {}, 'does not fit the model'), (dict(gp='max'), {}, 'does not fit the model')])
 def test_what_does_not_fit_the_run_is_refused(settings, kwargs, reason, make_run, tmp_path):
     run, *_ = make_run(**settings)
     with pytest.raises(UserError, match=reason):
@@ -118,20 +107,18 @@ def test_half_precision_keeps_norms_and_halves_the_file(make_run, tmp_path):
     assert half < 0.6 * full and loaded.fc.weight.dtype == torch.float32
     assert torch.equal(loaded.stem[0].bn.running_var, ema.stem[0].bn.running_var)
     torch.testing.assert_close(loaded.fc.weight, ema.fc.weight, rtol=1e-3, atol=1e-4)
-
-
-def test_foreign_files_are_refused(tmp_path, capsys):
-    for content in b'hello', b"cbuiltins\nprint\n(S'executed'\ntR.":
-        (tmp_path / 'last.pth.tar').write_bytes(content)
-        with pytest.raises(UserError, match='damaged or no checkpoint'):
-            pack(tmp_path, tmp_path / 'out')
-    assert 'executed' not in capsys.readouterr().out and not (tmp_path / 'out').exists()
+    checkpoint = torch.load(run / 'model_best.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema']['fc.weight'][0, 0] = 1e6
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    with pytest.raises(UserError, match=r'fc\.weight has values that float16 cannot hold'):
+        pack(run, tmp_path / 'infinite', half=True)
+    assert not (tmp_path / 'infinite').exists()
 
 
 def test_command_line(make_run, tmp_path):
     run, *_ = make_run()
     for source, out, code, words in ((run, 'out', 0, 'neutral, happiness, sadness, anger'),
-                                     (run, 'run', 1, 'is there already'), ('/nothing', 'two', 1, 'does not exist')):
+                                     (run, 'run', 1, 'is there already')):
         result = CliRunner().invoke(main, ['pack', str(source), str(tmp_path / out)])
         assert result.exit_code == code and words in result.output
-    assert [path.name for path in run.iterdir()] == ['model_best.pth.tar'] and not (tmp_path / 'two').exists()
+    assert [path.name for path in run.iterdir()] == ['model_best.pth.tar']

@@ -32,9 +32,7 @@ def test_the_temperature_of_drawn_labels_is_found(temperature):
     losses = [float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in (found * 0.98, found, found * 1.02)]
     assert losses[1] == min(losses)  # torch's own loss agrees that it is the minimum
     scaled = calibration.scale(predictions, found)
-    assert losses[1] == pytest.approx(calibration.negative_log_likelihood(scaled))
     torch.testing.assert_close(torch.from_numpy(scaled.probabilities), (logits / found).softmax(dim=1))
-    assert (scaled.predicted == predictions.predicted).all()
 
 
 def test_calibration_is_fitted_on_validation_and_measured_on_test():
@@ -48,12 +46,11 @@ def test_calibration_is_fitted_on_validation_and_measured_on_test():
 
 
 def test_probabilities_of_zero_do_not_break_the_temperature():
-    probabilities = np.eye(8, dtype=np.float32)[[0, 1, 2, 3] * 25]
-    labels = np.array([0, 1, 2, 4] * 25)
-    temperature = calibration.fit_temperature(Predictions([''] * 100, labels, probabilities, EXPRESSIONS_8))
+    def fit(labels):
+        return calibration.fit_temperature(Predictions([''] * 4, np.array(labels), np.eye(8)[:4], EXPRESSIONS_8))
+
     # The best e = exp(log(smallest float32) / T) gives a quarter of the probability to the seven other classes.
-    assert np.exp(np.log(np.finfo(np.float32).tiny) / temperature) == pytest.approx(1 / 21, rel=0.01)
-    for label in (0, 1):  # all right, all wrong
+    assert np.exp(np.log(np.finfo(np.float32).tiny) / fit([0, 1, 2, 4])) == pytest.approx(1 / 21, rel=0.01)
+    for labels in ([0, 1, 2, 3], [1, 2, 3, 0]):  # all right, all wrong
         with pytest.raises(UserError, match=r'no temperature between 0\.05 and 100'):
-            calibration.fit_temperature(Predictions(
-                [''] * 100, np.full(100, label), probabilities[:1].repeat(100, 0), EXPRESSIONS_8))
+            fit(labels)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import socket
 
 import pytest
@@ -10,9 +12,9 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from huggingface_hub import constants
 from support import TESTS
-from support.hub_server import OWNER, READER, Client, HubServer
+from support.hub_server import OWNER, Client, HubServer
 from timm.models import save_for_hf
 
 from timm_lfnsb.cli import main
@@ -33,43 +35,35 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: pytest.fail('network used'))
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope='module')
+def original(tmp_path_factory):
     """A model of somebody's own, as timm writes it, with a card."""
     torch.manual_seed(5)
-    model = timm.create_model('mobilefacenet.rafdb')
-    save_for_hf(model, tmp_path / 'own', safe_serialization=True)
-    (tmp_path / 'own' / 'README.md').write_text(CARD)
-    return tmp_path / 'own'
+    path = tmp_path_factory.mktemp('original')
+    save_for_hf(timm.create_model('mobilefacenet.rafdb'), path, safe_serialization=True)
+    (path / 'README.md').write_text(CARD)
+    return path
 
 
-def test_dry_run_shows_every_file_and_the_card(no_network):
-    result = CliRunner().invoke(main, ['push', NAME, '--dry-run'])
-    assert result.exit_code == 0, result.output
-    info = weights_info(NAME)
-    listing, _, card = result.output.partition('\n\n---\n')
-    assert listing.splitlines()[0] == f'would publish {REPO}'
-    files = {line.split()[0]: line.split()[1:] for line in listing.splitlines()[1:]}
-    assert set(files) == {'README.md', 'config.json', 'model.safetensors'}
-    size = (WEIGHTS_DIR / f'{NAME}.safetensors').stat().st_size
-    assert files['model.safetensors'] == [f'{size:,}', 'bytes', 'sha256', info['sha256']]
-    assert f'---\n{card}'.removesuffix('\n') == render_card(info, REPO)
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / 'own')
 
 
-def test_dry_run_of_a_folder(no_network, folder):
+def test_dry_run_shows_every_file_and_the_card(no_network, folder):
     (folder / '.cache').mkdir()
     (folder / '.DS_Store').write_bytes(b'x')
     (folder / 'LICENSE').write_text('MIT')
-    result = push(str(folder), 'me/own', dry_run=True)
+    result = CliRunner().invoke(main, ['push', str(folder), '--repo-id', 'me/own', '--dry-run'])
     contents = {path.name: path.read_bytes() for path in sorted(folder.glob('[!.]*'))}
     config = json.loads(contents['config.json'])
     del config['model_args']['num_classes']  # transformers passes it itself, and fails when it is there twice
     contents['config.json'] = json.dumps(config, indent=2).encode()
-    assert result.files == [
-        (name, len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()]
-    assert result.card == CARD and not result.has_metrics and result.commit is None
-    output = CliRunner().invoke(main, ['push', str(folder), '--repo-id', 'me/own', '--dry-run'])
-    assert output.exit_code == 0 and 'warning: the card has no model-index' in output.output
+    listing, _, card = result.output.partition('\n\n')
+    assert result.exit_code == 0 and card == f'{CARD}\n'
+    assert [line.split() for line in listing.splitlines()] == [['would', 'publish', 'me/own'], *(
+        [name, f'{len(content):,}', 'bytes', 'sha256', hashlib.sha256(content).hexdigest()]
+        for name, content in contents.items())]
 
 
 def test_card_of_a_folder_without_one(no_network, folder, tmp_path):
@@ -87,97 +81,66 @@ def test_card_of_a_folder_without_one(no_network, folder, tmp_path):
 
 @pytest.mark.parametrize('name, content, message', [
     *((name, b'x', f'{name} is not to be published') for name in (
-        'pytorch_model.bin', 'optimizer.PT', 'last.pth.tar', 'a.npy', 'modeling.py', 'face.png')),
-    ('data', 'a folder', 'data is not to be published'),
-    ('notes.txt', 'a link', 'notes.txt is not to be published'),
+        'pytorch_model.bin', 'optimizer.PT', 'last.pth.tar', 'modeling.py', 'face.png')),
+    ('data', 'a folder', 'data is not to be published'), ('a.txt', 'a link', 'a.txt is not to be published'),
     ('config.json', dict(label_names=['a', 'b']), 'the model has 7 classes, but'),
-    ('config.json', dict(label_names=['fear'] * 7), 'the model has 7 classes, but'),
-    ('config.json', dict(architecture='resnet18'), 'the folder does not load in timm'),
-    ('config.json', dict(architecture='nonsense'), 'Unknown model'),
-    ('config.json', dict(num_classes=8), 'the folder does not load in timm'),  # model_args say 7
-    ('config.json', dict(pretrained_cfg=None), 'the folder does not load in timm'),
     ('config.json', dict(pretrained_cfg={}, label_names=None), 'no label_names'),
-    ('config.json', b'{', 'the folder does not load in timm'),
+    ('config.json', b'{', 'cannot load the model'),
     ('README.md', b'# no front matter\n', 'names no licence'),
     ('README.md', b'---\nlicense: [unclosed\n---\n', 'no valid front matter'),
     ('README.md', b'---\nlicense: mit\nmodel-index: nonsense\n---\n', 'no valid front matter'),
-    ('model.safetensors', dict(bias=float('nan')), r'not finite, in fc\.bias'),
-    ('model.safetensors', b'\x80\x04 a pickle', 'the folder does not load in timm'),
-    ('model.safetensors', None, r'has no model\.safetensors'),
+    ('model.safetensors', b'\x80\x04 a pickle', 'cannot load the model'),
 ])
 def test_unsound_folders_are_refused(no_network, folder, name, content, message):
     path = folder / name
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content is None:
-        path.unlink()
     elif content == 'a folder':
         path.mkdir()
     elif content == 'a link':
         path.symlink_to(folder / 'README.md')
-    elif name == 'config.json':
-        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
     else:
-        save_file({**load_file(path), 'fc.bias': torch.full((7,), content['bias'])}, path)
+        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
     with pytest.raises(UserError, match=message):
         push(str(folder), 'me/own', dry_run=True)
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['nonsense', '--repo-id', 'a/b'], 'nonsense is neither a folder nor the name of embedded weights ('),
-    ([str(TESTS)], 'tests needs a repository to go to'),
-    ([NAME, '--repo-id', 'lfnsb'], "'lfnsb' is no name of a Hub repository"),
-    ([NAME, '--repo-id', 'a/b/c'], "'a/b/c' is no name of a Hub repository"),
-    ([NAME, '--license', 'mit'], 'leave out --metrics and --license'),
-    ([NAME, '--dry-run'], 'install the package again'),
-])
-def test_errors_on_the_command_line(no_network, monkeypatch, tmp_path, arguments, message):
-    if message == 'install the package again':
-        (tmp_path / f'{NAME}.safetensors').write_bytes(b'altered')
-        monkeypatch.setattr('timm_lfnsb.hub.ship.WEIGHTS_DIR', tmp_path)
-    result = CliRunner().invoke(main, ['push', *arguments])
-    assert result.exit_code == 1 and result.output.startswith('Error: ') and message in result.output
-    assert result.output.count('\n') == 1
+    (['nonsense', 'a/b'], 'nonsense is neither a folder nor the name of embedded weights ('),
+    ([str(TESTS)], 'tests needs a repository to go to'), ([NAME, 'a/b/c'], "'a/b/c' is no name of a Hub repository")])
+def test_what_cannot_be_published(no_network, arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        push(*arguments)
 
 
 # With the Hub on loopback
 
-@pytest.fixture(scope='module')
-def hub(tmp_path_factory):
-    with HubServer() as server, Client(server.url, tmp_path_factory.mktemp('publisher'), HF_TOKEN=OWNER) as client:
-        yield server, client
-
-
 @pytest.fixture
-def server(hub):
-    hub[0].repos.clear()
-    return hub[0]
+def server(monkeypatch):
+    with HubServer() as server:
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_PROGRESS_BARS', True)
+        monkeypatch.setenv('HF_TOKEN', OWNER)
+        yield server
 
 
-@pytest.fixture
-def publish(hub):
-    code = """
-from click.testing import CliRunner
-from timm_lfnsb.cli import main
-outcome = CliRunner().invoke(main, ['push', *arguments])
-result = outcome.exit_code, outcome.output
-"""
-    return lambda *arguments, **env: hub[1].run(code, env=env, arguments=list(map(str, arguments)))
+def publish(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ['push', *map(str, arguments)])
+    return result.exit_code, result.output
 
 
-def test_publish_then_pull(server, publish, tmp_path):
+def test_publish_then_pull(server, tmp_path):
     """The round trip: a fresh process pulls with timm alone, and sees what the embedded weights see."""
     status, output = publish(NAME)
     repo = server.repos[REPO]
     assert not repo.private and len(repo.commits) == 2  # the Hub's own first one, and one of ours
-    commit = repo.refs['main']
-    assert status == 0 and f'{server.url}/{REPO}/commit/{commit}' in output
-    assert f"HUB_REVISIONS['{NAME}'] = '{commit}'" in output
-    files = repo.commits[commit]
+    assert status == 0 and f"{server.url}/{REPO}/commit/{repo.refs['main']}" in output
+    files = repo.commits[repo.refs['main']]
     assert set(files) == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
     assert files['model.safetensors'] == (WEIGHTS_DIR / f'{NAME}.safetensors').read_bytes()
+    assert files['README.md'].decode() == render_card(weights_info(NAME), REPO)
     assert json.loads(files['config.json'])['label_names'] == weights_info(NAME)['label_names']
-    assert '/api/validate-yaml' in server.paths('POST')
 
     code = """
 import timm, timm_lfnsb, torch
@@ -198,24 +161,20 @@ result = logits.tolist(), model.pretrained_cfg['label_names'], model.pretrained_
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=0)
 
 
-def test_publish_a_folder_again(server, publish, folder):
+def test_publish_a_folder_again(server, folder):
     assert publish(folder, '--repo-id', 'me/own', '--private')[0] == 0
     repo = server.repos['me/own']
-    assert repo.private
     first = repo.refs['main']
-    assert publish(folder, '--repo-id', 'me/own')[0] == 0  # the same again: no new commit
-    assert repo.refs['main'] == first
     (folder / 'README.md').write_text(CARD + 'More.\n')
     assert publish(folder, '--repo-id', 'me/own', '--private')[0] == 0
     second = repo.refs['main']
-    assert second != first and repo.commits[second]['README.md'].endswith(b'More.\n')
+    assert repo.private and second != first and repo.commits[second]['README.md'].endswith(b'More.\n')
     repo.private = False
-    (folder / 'README.md').write_text(CARD)
     status, output = publish(folder, '--repo-id', 'me/own', '--private')
     assert status == 1 and 'is there and public' in output and repo.refs['main'] == second
 
 
-def test_pull_request(server, publish, folder):
+def test_pull_request(server, folder):
     """Into a repository of others, where committing is forbidden."""
     before = server.add('elsewhere/model', folder)
     (folder / 'README.md').write_text(CARD + 'Mended.\n')
@@ -228,12 +187,12 @@ def test_pull_request(server, publish, folder):
     assert repo.commits[repo.refs['refs/pr/1']]['README.md'].endswith(b'Mended.\n')
 
 
-def test_refused_by_the_hub(server, publish, folder):
-    for token, message in (('', 'does not know you: log in'), ('hf_wrong', 'does not know you: log in'),
-                           (READER, 'your account or token lacks the permission')):
-        status, output = publish(folder, '--repo-id', 'me/own', HF_TOKEN=token)
-        assert status == 1 and message in output and output.count('\n') == 1
-    assert server.repos == {}
+def test_refused_by_the_hub(server, folder, monkeypatch):
+    for token in ('', 'hf_wrong'):
+        monkeypatch.setenv('HF_TOKEN', token)
+        status, output = publish(folder, '--repo-id', 'me/own')
+        assert status == 1 and 'does not know you: log in' in output and server.repos == {}
+    monkeypatch.setenv('HF_TOKEN', OWNER)
     (folder / 'README.md').write_text('---\nlicense: [mit]\n---\n')
     status, output = publish(folder, '--repo-id', 'me/own')
     assert status == 1 and 'the Hub does not take the card' in output and '"license" must be a string' in output

@@ -6,8 +6,6 @@ import copy
 import json
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from functools import reduce
 
@@ -25,7 +23,6 @@ from timm_lfnsb.evaluate.predictions import predict_folder
 from timm_lfnsb.evaluate.robustness import PERTURBATIONS
 from timm_lfnsb.hub import card, ship
 from timm_lfnsb.labels import EXPRESSIONS_8
-from timm_lfnsb.models.networks import default_cfgs
 from timm_lfnsb.weights import names
 from timm_lfnsb.weights.names import WEIGHTS_DIR, embedded_weights, weights_info
 
@@ -33,18 +30,12 @@ NAMES = embedded_weights()
 NAME = 'lfnsb.ferplus'
 
 
-def test_tags_are_those_of_the_weights_at_their_input_size():
-    tags = {f'{arch}.{tag}': c for arch, cfg in default_cfgs.items() for tag, c in cfg.cfgs.items() if c.has_weights}
-    assert NAME in tags and set(tags) == set(NAMES)
-    for name, cfg in tags.items():
-        assert list(cfg.input_size) == weights_info(name)['input_size']
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_pretrained_loads(name):
     model = timm.create_model(name, pretrained=True).eval()
     assert model.pretrained_cfg['tag'] == name.split('.', 1)[1]
     assert list(model.pretrained_cfg['label_names']) == weights_info(name)['label_names'] == list(EXPRESSIONS_8)
+    assert list(model.pretrained_cfg['input_size']) == weights_info(name)['input_size']
     images = torch.randn(2, *model.pretrained_cfg['input_size'])
     with torch.no_grad():
         assert model(images).abs().max() < 100
@@ -64,27 +55,19 @@ def test_json_describes_the_file(name):
     assert all(run['curve'] and 'recipe' in run and 'seed' in run['settings'] for run in info['runs'])
     assert list(info['robustness']['rows']) == list(PERTURBATIONS)
     assert info['robustness']['clean_accuracy'] == pytest.approx(info['metrics']['test']['accuracy'], abs=0.002)
-    for row in info['robustness']['rows'].values():
-        assert row['difference'] == pytest.approx(row['accuracy'] - info['robustness']['clean_accuracy'])
-        assert 1 - row['agreement'] >= abs(row['difference']) - 1e-9  # labels must change for accuracy to
     # The likelihood is what a temperature is fitted by; the calibration error may go either way.
     assert 0.3 < info['temperature'] < 3 and info['calibration']['nll_scaled'] < info['calibration']['nll']
-    assert info['calibration']['ece'] == pytest.approx(info['metrics']['test']['ece'], abs=0.005)
     assert '/' not in json.dumps([run['settings'] for run in info['runs']])  # no path of a machine
 
 
 def test_readme_and_list_show_what_the_json_says():
-    """Also without the packages that measuring needs."""
-    code = ("import sys\nfor name in ('sklearn', 'scipy', 'matplotlib'): sys.modules[name] = None\n"
-            "from timm_lfnsb.cli import main\nmain(['weights', 'list'])")
-    listed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    for name in NAMES:
-        test = weights_info(name)['metrics']['test']
-        assert re.search(rf"\| `{name}` +\| {test['accuracy']:.3f} \[.* \| {test['macro_f1']:.3f} ", listed)
-
     def cells(text):
         return [[cell.strip() for cell in line.split('|')] for line in text.splitlines() if line.startswith('| `')]
 
+    listed = CliRunner().invoke(main, ['weights', 'list']).output
+    for name in NAMES:
+        test = weights_info(name)['metrics']['test']
+        assert re.search(rf"\| `{name}` +\| {test['accuracy']:.3f} \[.* \| {test['macro_f1']:.3f} ", listed)
     section = re.search(r'<!-- weights -->(.*?)<!-- /weights -->', (ROOT / 'README.md').read_text(), re.S)[1]
     assert cells(section) == cells(listed)
 
@@ -112,27 +95,26 @@ def shifted(info: dict, path: str, by: float) -> dict:
 
 
 @pytest.mark.parametrize(('path', 'passes', 'fails'), [
-    ('metrics/test/accuracy', 0.0019, -0.0021), ('metrics/validation/balanced_accuracy', -0.0019, 0.0021),
-    ('metrics/test/count', 0, 1), ('robustness/rows/jpeg30/accuracy', 0.0019, -0.0021), ('temperature', 0.019, 0.021),
-    ('calibration/ece_scaled', 0.0049, 0.0051), ('metrics/test/accuracy', 0, float('nan'))])
+    ('metrics/test/accuracy', 0.0019, -0.0021), ('metrics/test/accuracy', 0, float('nan')),
+    ('temperature', 0.019, 0.021), ('calibration/ece_scaled', 0.0049, 0.0051)])
 def test_verify_notices_other_figures(path, passes, fails, shelf, monkeypatch, tmp_path):
     info = weights_info(NAME)
-    asked = []
 
-    def verify(by, *more):
-        monkeypatch.setattr(
-            ship, 'measure', lambda name, data_dir, rows: asked.append(rows) or shifted(info, path, by))
-        return CliRunner().invoke(main, ['weights', 'verify', NAME, '--data-dir', str(tmp_path), *more])
+    def verify(by, rows, *more):
+        def measure(name, data_dir, asked):
+            assert asked == rows
+            return shifted(info, path, by)
 
-    result = verify(passes)
-    assert result.exit_code == 0 and all(line.startswith(NAME) for line in result.output.splitlines())
+        monkeypatch.setattr(ship, 'measure', measure)
+        result = CliRunner().invoke(main, ['weights', 'verify', NAME, '--data-dir', str(tmp_path), *more])
+        return result.exit_code, result.output
+
+    status, output = verify(passes, ['jpeg30'])
     stored = info['metrics']['test']['accuracy']
     measured = stored + (passes if path == 'metrics/test/accuracy' else 0)
-    assert f'{NAME} on test accuracy {measured:.4f} (JSON {stored:.4f})\n' in result.output
-    assert verify(passes, '--no-robustness').exit_code == 0 and asked == [['jpeg30'], []]
-    result = verify(fails)
-    assert result.exit_code == 1 and 'preprocessing changed' in result.output
-    assert result.output.count('(JSON ') == 1 and result.output.count('\n') == 1
+    assert status == 0 and f'{NAME} on test accuracy {measured:.4f} (JSON {stored:.4f})\n' in output
+    status, output = verify(fails, [], '--no-robustness')
+    assert status == 1 and 'preprocessing changed' in output and output.count('(JSON ') == 1
 
 
 def test_measure_puts_everything_but_the_metrics_into_the_json(shelf, monkeypatch, tmp_path):
@@ -145,7 +127,6 @@ def test_measure_puts_everything_but_the_metrics_into_the_json(shelf, monkeypatc
         monkeypatch.setattr(ship, 'measure', lambda *_: copy.deepcopy(measured))
         return CliRunner().invoke(main, ['weights', 'measure', NAME, '--data-dir', str(tmp_path), *more])
 
-    assert 'has no dataset.json' in measure().output
     (tmp_path / 'dataset.json').write_text('{"sha256": "other"}')
     assert f'is not the data of {NAME}' in measure().output
     (tmp_path / 'dataset.json').write_text(json.dumps(info['data']))
@@ -160,8 +141,7 @@ def test_measure_puts_everything_but_the_metrics_into_the_json(shelf, monkeypatc
         file.write(b'x')
     assert 'is not the file its JSON describes' in measure().output
     assert measure('--replace').exit_code == 0
-    assert weights_info(NAME)['metrics'] == full['metrics'] and len(list(shelf.iterdir())) == 2
-    assert ship.checked_info(NAME)['sha256'] != info['sha256']
+    assert weights_info(NAME)['metrics'] == full['metrics'] and ship.checked_info(NAME)['sha256'] != info['sha256']
 
 
 def make_run(folder, data, model, **settings):
@@ -184,9 +164,8 @@ def make_run(folder, data, model, **settings):
     (folder / 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1,lr\n0,2.0,1.5,40.0,0.1\n')
 
 
-@pytest.mark.parametrize(('name', 'size'), [('lfnsb.noise', 112), ('lfn_small.noise_64', 64)])
-def test_ship_stores_a_run_with_everything_the_json_must_hold(name, size, shelf, tmp_path, monkeypatch):
-    data, run, arch = tmp_path / 'data', tmp_path / 'run', name.split('.')[0]
+def test_ship_stores_a_run_with_everything_the_json_must_hold(shelf, tmp_path, monkeypatch):
+    name, arch, size, data, run = 'lfn_small.noise_64', 'lfn_small', 64, tmp_path / 'data', tmp_path / 'run'
     make_run(run, data, arch, img_size=size, seed=7, kd_model_name=f'local-dir:{tmp_path}/teacher')
     monkeypatch.setattr(calibration, 'fit_temperature', lambda _: 2.)
 
@@ -194,9 +173,7 @@ def test_ship_stores_a_run_with_everything_the_json_must_hold(name, size, shelf,
         return CliRunner().invoke(main, [
             'weights', 'ship', name, str(run), '--data-dir', str(data), '--note', 'By dice.', '--no-robustness', *more])
 
-    assert "no embedded weights 'lfnsb.nowhere'" in invoke(name, '--after', 'lfnsb.nowhere').output
-    assert f'trained {arch}, not mfn' in invoke('mfn.noise').output
-    assert len(list(shelf.iterdir())) == 2
+    assert f'trained {arch}, not mfn' in invoke('mfn.noise').output and len(list(shelf.iterdir())) == 2
     result = invoke(name, '--after', NAME)
     assert result.exit_code == 0 and f'`{name}`' in result.output, result.output
     assert sorted(p.suffix for p in shelf.iterdir()) == ['.json', '.json', '.safetensors', '.safetensors']
@@ -212,7 +189,6 @@ def test_ship_stores_a_run_with_everything_the_json_must_hold(name, size, shelf,
     stored = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay={
         'file': str(shelf / f'{name}.safetensors'), 'input_size': (3, size, size)}).eval()
     direct = predict_folder(stored, data, workers=0, progress=False)
-    assert len(direct.labels) == info['metrics']['test']['count'] == 24
     assert direct.correct.mean() == pytest.approx(info['metrics']['test']['accuracy'])
     assert f'3x{size}x{size}' in card.render_card(info)
 

@@ -25,7 +25,6 @@ def test_published_weights_are_those_of_timm():
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
     assert not any(info.values())
     assert model.config.id2label == dict(enumerate(names))
-    assert model.config.label2id == {name: i for i, name in enumerate(names)}
     # Part of the file is half precision; the network still computes in full.
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     torch.testing.assert_close(processor(face, return_tensors='pt')['pixel_values'], images, rtol=0, atol=0)

@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-import torch.nn as nn
 from click.testing import CliRunner
 from support import ROOT
 
@@ -18,7 +17,6 @@ from timm_lfnsb.models.networks import default_cfgs
 @pytest.mark.parametrize('name, kwargs, macs', [
     ('lfnsb', dict(num_classes=7), 397.18), ('lfn_small', dict(num_classes=0), 396.41),
     ('mfn', dict(num_classes=0), 551.50), ('mobilefacenet', dict(num_classes=0, embed_dim=512), 227.6),
-    ('mobilefacenet', dict(num_classes=0, embed_dim=256), 227.4), ('mobilefacenet', dict(num_classes=0), 227.4),
 ])
 def test_macs(name, kwargs, macs):
     assert count_model(name, **kwargs).macs / 1e6 == pytest.approx(macs, abs=0.06)
@@ -28,30 +26,7 @@ def test_stages_add_up():
     count = count_model('lfnsb', num_classes=7)
     assert sum(params for params, _ in count.stages.values()) == count.params == 2_676_147
     assert sum(macs for _, macs in count.stages.values()) == pytest.approx(count.macs, rel=1e-6)
-    assert round(count.macs / 1e6, 1) == 397.2
-
-
-def test_uncounted_operators_are_listed():
-    uncounted = count_model('lfnsb', num_classes=7).uncounted
-    assert uncounted['aten::prelu'] == 34 and 'aten::sigmoid' in uncounted
-
-
-def test_a_convolution_counted_by_hand():
-    class OneConv(nn.Module):
-        num_classes = 0
-        pretrained_cfg = dict(input_size=(3, 8, 8))
-
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 5, 3, padding=1)
-
-        def forward(self, x):
-            return self.conv(x).mean((2, 3))
-
-    count = count_model('one', OneConv())
-    # 27 products for each of the 5 x 64 outputs, and one operation for each value the mean reads
-    assert count.macs == 27 * 5 * 64 + 5 * 64
-    assert count.stages == {'conv': (27 * 5 + 5, 27 * 5 * 64)}
+    assert count.uncounted['aten::prelu'] == 34 and 'aten::sigmoid' in count.uncounted
 
 
 def test_command_line():
@@ -60,8 +35,6 @@ def test_command_line():
     assert '397.35 M' in result.output and 'multiply-accumulates' in result.output
     result = CliRunner().invoke(main, ['count', 'lfnsb.rafdb', '--json'])
     assert json.loads(result.output)['params'] == 2_676_147
-    result = CliRunner().invoke(main, ['count', 'no_such_model'])
-    assert result.exit_code == 1 and result.output.startswith('Error: ') and 'Traceback' not in result.output
 
 
 def test_readme_table_is_what_count_prints():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from support import golden_networks, rule_input, rule_weights
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
 from timm_lfnsb.models.networks import SpatialBiasHead, default_cfgs
@@ -39,10 +40,17 @@ def relative_error(actual: torch.Tensor, expected: list) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+def assert_features(features: torch.Tensor, entry: dict) -> None:
+    assert relative_error(features.flatten()[entry['features']['index']], entry['features']['value']) < 1e-4
+
+
+@pytest.mark.parametrize('fused', [False, True], ids=['plain', 'fused'])
 @pytest.mark.parametrize('name', OUR_NAMES)
-def test_golden_outputs(name, tmp_path):
+def test_golden_outputs(name, fused, tmp_path):
     entry = golden_networks()[name]
     model = load_golden(entry, tmp_path)
+    if fused:
+        reparameterize_model(model, inplace=True)
     with torch.no_grad():
         features = model.forward_features(rule_input(entry['salt'], entry['batch'], entry['input_size']))
         output = model.forward_head(features)
@@ -51,9 +59,8 @@ def test_golden_outputs(name, tmp_path):
     else:
         assert relative_error(F.normalize(output), entry['embedding_l2']) < 1e-4
     if 'features' in entry:
-        golden = entry['features']
-        assert list(features.shape) == golden['shape']
-        assert relative_error(features.flatten()[torch.tensor(golden['index'])], golden['value']) < 1e-4
+        assert list(features.shape) == entry['features']['shape']
+        assert_features(features, entry)
 
 
 @pytest.mark.parametrize('wrap', ['model_state_dict', 'state_dict', 'module.'])
@@ -68,7 +75,7 @@ def test_wrapped_checkpoints_load_alike(wrap, tmp_path):
 def test_incomplete_authors_checkpoint_is_refused(tmp_path):
     entry = golden_networks()['lfnsb_7']
     entry = dict(entry, keys={k: v for k, v in entry['keys'].items() if 'features.5.model.3.CA.conv2' not in k})
-    with pytest.raises(RuntimeError, match=r'Missing keys: 2 \(stages\.1\.4\.attn\.conv_h'):
+    with pytest.raises(RuntimeError, match=r"Missing keys: 2 \['stages\.1\.4\.attn\.conv_h"):
         load_golden(entry, tmp_path)
 
 
@@ -89,9 +96,7 @@ def test_fine_tuning_from_an_authors_checkpoint_takes_all_but_the_classifier(tmp
     save_file(rule_weights(entry['keys'], 1), tmp_path / 'authors.safetensors')
     model = timm.create_model('lfnsb', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
         file=str(tmp_path / 'authors.safetensors'), num_classes=-1)).eval()
-    features = model.forward_features(rule_input(1, 2, 112)).detach()
-    golden = entry['features']
-    assert relative_error(features.flatten()[torch.tensor(golden['index'])], golden['value']) < 1e-4
+    assert_features(model.forward_features(rule_input(1, 2, 112)).detach(), entry)
     assert model(rule_input(1, 2, 112)).shape == (2, 5)
 
 
@@ -115,19 +120,15 @@ def test_an_embedding_network_with_a_classifier_keeps_its_norm(tmp_path):
 ])
 def test_parameter_counts(name, kwargs, params):
     model = timm.create_model(name, **kwargs)
-    count = sum(p.numel() for p in model.parameters())
-    if 'embed_dim' in kwargs:
-        assert round(count / 1e6, 4) == 1.2005
-    else:
-        assert count == params
+    assert sum(p.numel() for p in model.parameters()) == params
 
 
 @pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('size', [48, 64, 112, 160])
-def test_other_image_sizes(name, size):
-    model = timm.create_model(name, img_size=size).eval()
+@pytest.mark.parametrize('in_chans, size', [(3, (48, 48)), (3, (96, 64)), (1, (112, 112))])
+def test_other_images(name, in_chans, size):
+    model = timm.create_model(name, in_chans=in_chans, img_size=size).eval()
     with torch.no_grad():
-        assert model(torch.randn(1, 3, size, size)).shape == (1, model.num_classes)
+        assert model(torch.randn(1, in_chans, *size)).shape == (1, model.num_classes)
 
 
 def test_lfnsb_takes_any_size_without_being_told():
@@ -143,17 +144,6 @@ def test_lfnsb_takes_any_size_without_being_told():
 def test_another_size_than_the_head_was_built_for_is_named(name):
     with pytest.raises(AssertionError, match='pass img_size'):
         timm.create_model(name).eval()(torch.randn(1, 3, 128, 128))
-
-
-def test_rectangular_image_size():
-    model = timm.create_model('lfn_small', img_size=(96, 64)).eval()
-    assert model(torch.randn(1, 3, 96, 64)).shape[0] == 1
-
-
-@pytest.mark.parametrize('name', MODELS)
-def test_grey_input(name):
-    model = timm.create_model(name, in_chans=1).eval()
-    assert model(torch.randn(1, 1, 112, 112)).shape == (1, model.num_classes)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -172,27 +162,17 @@ def test_batch_of_one_and_bfloat16(name):
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
 
 
-def test_lfnsb_trains_at_batch_one():
-    model = timm.create_model('lfnsb').train()
-    model(torch.randn(1, 3, 112, 112)).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
 @pytest.mark.parametrize('height, width', [(2, 2), (3, 3), (4, 5), (7, 7), (10, 7)])
 def test_spatial_bias_head_is_what_its_docstring_says(height, width):
     head = SpatialBiasHead(8, 16, (height, width)).eval()
     x = torch.randn(2, 8, height, width)
     with torch.no_grad():
         out = head(x).numpy()
-        reduced = F.adaptive_avg_pool2d(head.reduce(x), 2).numpy()  # (2, 6, 2, 2)
-    weight, bias = head.conv.weight.detach().numpy(), head.conv.bias.detach().numpy()
-    expected = np.zeros((2, 4, 4))  # image, entry of the channel axis, position
-    for image in range(2):
-        positions = reduced[image].reshape(6, 4)
-        for entry in range(4):
-            for position in range(4):
-                window = positions[entry:entry + 3]  # (kernel, positions as channels)
-                expected[image, entry, position] = (window.T * weight[position]).sum() + bias[position]
+        reduced = F.adaptive_avg_pool2d(head.reduce(x).relu(), 2).numpy()  # (2, 6, 2, 2)
+        positions = torch.from_numpy(reduced.reshape(2, 6, 4))
+        # entry e of the channel axis: the sum over a kernel of three entries of all positions
+        windows = torch.stack([positions[:, entry:entry + 3] for entry in range(4)], dim=1)  # (2, 4, kernel, positions)
+        expected = torch.einsum('bekp,qpk->beq', windows, head.conv.weight) + head.conv.bias
     np.testing.assert_allclose(out, expected.reshape(2, 16), rtol=1e-4, atol=1e-5)
 
 
@@ -210,9 +190,8 @@ def test_tags_without_weights(name, tag, labels):
 
 
 def test_label_orders():
-    assert EXPRESSIONS_8 == (
+    assert EXPRESSIONS_8 == (*EXPRESSIONS_7, 'contempt') == (
         'neutral', 'happiness', 'sadness', 'surprise', 'fear', 'disgust', 'anger', 'contempt')
-    assert EXPRESSIONS_7 == EXPRESSIONS_8[:7]
 
 
 def test_plain_resize_whatever_the_shape_of_the_image():
@@ -247,10 +226,7 @@ def test_global_pool_choices():
 def test_layer_decay_groups_follow_the_depth():
     model = timm.create_model('lfnsb')
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1., layer_decay=0.9)
-    scale = {}
     names = {id(p): n for n, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for p in group['params']:
-            scale[names[id(p)]] = group['lr_scale']
+    scale = {names[id(p)]: group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
     assert scale['stem.0.conv.weight'] < scale['stages.0.0.expand.conv.weight'] < scale['stages.0.5.expand.conv.weight']
     assert scale['stages.0.9.expand.conv.weight'] < scale['stages.2.7.conv.c.weight'] <= scale['fc.weight'] == 1.

@@ -11,9 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ != '__main__':  # under the launcher, which replaces the task
-    from timm.task import ClassificationTask  # noqa: F401
-
 parser = argparse.ArgumentParser()
 for flag in ('--config', '--experiment', '--output', '--resume', '--data-dir', '--model', '--class-map'):
     parser.add_argument(flag, default='')
@@ -37,13 +34,13 @@ def main():
     start = int(Path(args.resume + '.epoch').read_text()) + 1 if args.resume else 0
     for epoch in range(start, args.epochs):
         with open(run / 'summary.csv', 'a') as file:
-            if epoch == start:  # a resumed run of an older script writes the header again
+            if epoch == start:
                 file.write('epoch,train_loss,eval_loss,eval_top1,lr\n')
             file.write(f'{epoch},{2 - 0.5 * epoch},{1.5 - 0.25 * epoch},{50 + epoch},0.1\n')
         shutil.copy(here / f'{epoch}.pth.tar', run / 'last.pth.tar')
         (run / 'last.pth.tar.epoch').write_text(str(epoch))
         shutil.copy(here / f'{epoch}.pth.tar', run / f'checkpoint-{epoch}.pth.tar')
-        if epoch == start:  # an older script forgets what was best before it was resumed
+        if epoch < 2:  # which is the best of all
             shutil.copy(here / f'{epoch}.pth.tar', run / 'model_best.pth.tar')
         if os.environ.get('FAKE_KILL') == f'{name}:{epoch}':
             os.kill(os.getpid(), signal.SIGKILL)

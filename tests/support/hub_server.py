@@ -1,35 +1,32 @@
 """A small Hub on loopback for the real huggingface_hub client, with faults to order, and a process that talks to it.
 
 Only what the client of the tests asks for: repositories with commits, branches, private ones and pull requests;
-files, from 10 kB on behind a redirect to a "CDN", with ranges; tokens with their rights.
+files, from 10 kB on behind a redirect to a "CDN", with ranges; a token.
 """
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
+import secrets
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 LFS_SIZE = 10_000
-OWNER, READER = 'hf_owner', 'hf_reader'
-TOKENS = {OWNER: 'write', READER: 'read'}
-"""The owner may write to every organisation but 'elsewhere', where he may open pull requests."""
-
-
-def git_oid(content: bytes) -> str:
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+OWNER = 'hf_owner'
+"""The token of somebody who may write to every organisation but 'elsewhere', and open pull requests there."""
 
 
 @dataclass
@@ -38,12 +35,10 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes], ref: str = 'main', base: str | None = 'main') -> str:
+    def commit(self, files: dict[str, bytes], ref: str = 'main', base: str = 'main') -> str:
         """Put files on top of a ref; returns the new commit."""
-        merged = {**self.commits.get(self.refs.get(base or '', ''), {}), **files}
-        listing = ''.join(f'{name}{git_oid(content)}' for name, content in sorted(merged.items()))
-        oid = hashlib.sha1(f'{len(self.commits)}{listing}'.encode()).hexdigest()
-        self.commits[oid] = merged
+        oid = secrets.token_hex(20)
+        self.commits[oid] = {**self.commits.get(self.refs.get(base, ''), {}), **files}
         self.refs[ref] = oid
         return oid
 
@@ -83,9 +78,9 @@ class HubServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that hang up are part of the tests
 
-    def add(self, repo_id: str, folder: Path, private: bool = False) -> str:
+    def add(self, repo_id: str, folder: Path) -> str:
         """A repository with the files of a folder; returns its commit."""
-        self.repos[repo_id] = Repo(private)
+        self.repos[repo_id] = Repo()
         return self.repos[repo_id].commit({path.name: path.read_bytes() for path in folder.iterdir()})
 
     def fault(self, name: str) -> bool:
@@ -119,25 +114,24 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     @property
-    def right(self) -> str | None:
-        """'write', 'read', None without a token, '' with an unknown one."""
+    def owner(self) -> bool:
+        """Whether the client is the owner of the repositories, or nobody."""
         header = self.headers.get('Authorization')
-        return TOKENS.get(header.removeprefix('Bearer '), '') if header else None
+        if header not in (None, f'Bearer {OWNER}'):
+            raise Refusal(401, '', 'Invalid credentials in Authorization header')
+        return header is not None
 
     def repo(self, repo_id: str) -> Repo:
         """The repository, if it is there for this client."""
-        if self.right == '':
-            raise Refusal(401, '', 'Invalid credentials in Authorization header')
         repo = self.server.repos.get(repo_id)
-        if repo is None or (repo.private and self.right is None):
-            raise Refusal(404 if self.right else 401, 'RepoNotFound', 'Repository not found')
+        if repo is None or (repo.private and not self.owner):
+            raise Refusal(404 if self.owner else 401, 'RepoNotFound', 'Repository not found')
         return repo
 
     def check_may_write(self, repo_id: str) -> None:
-        if not self.right:
-            raise Refusal(401, '', 'Invalid username or password.' if self.right is None else
-                          'Invalid credentials in Authorization header')
-        if self.right == 'read' or (repo_id.startswith('elsewhere/') and 'create_pr' not in self.query):
+        if not self.owner:
+            raise Refusal(401, '', 'Invalid credentials in Authorization header')
+        if repo_id.startswith('elsewhere/') and 'create_pr' not in self.query:
             raise Refusal(403, '', 'You have read access but not the required permissions for this operation')
 
     def handle_request(self) -> None:
@@ -146,11 +140,14 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.log.append((self.command, unquote(self.path), headers))
+        if self.server.fault('silent' if '/resolve/' in url.path else 'hang' if '/cdn/' in url.path else ''):
+            self.server.closing.wait(30)
+            return
         try:
             for pattern, method in ROUTES:
                 if match := re.fullmatch(pattern, f'{self.command} {url.path}'):
                     return method(self, *map(unquote, match.groups()))
-            raise Refusal(404, 'RouteNotFound', f'no {self.command} {url.path} on this Hub')
+            self.answer(404)
         except Refusal as refusal:
             status, code, message = refusal.args
             self.answer(status, {'error': message}, X_Error_Code=code, X_Error_Message=message)
@@ -158,9 +155,6 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_request
 
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
-        if self.server.fault('silent'):
-            self.server.closing.wait(30)
-            return
         if self.server.fault('busy'):
             raise Refusal(503, '', 'Service Unavailable')
         repo = self.repo(repo_id)
@@ -176,12 +170,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, Location=f'{self.server.cdn_url}/cdn/{oid}', ETag='"of the redirect"',
                         X_Repo_Commit=commit, X_Linked_Etag=f'"{oid}"', X_Linked_Size=str(len(content)))
         else:
-            self.answer(200, content, X_Repo_Commit=commit, ETag=f'"{git_oid(content)}"')
+            self.answer(200, content, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
 
     def cdn(self, oid: str) -> None:
-        if self.server.fault('hang'):
-            self.server.closing.wait(30)
-            return
         content = self.server.lfs[oid]
         if self.server.fault('altered'):
             content = content[:-1] + bytes([content[-1] ^ 1])
@@ -211,28 +202,22 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.content)
         repo_id = f"{request['organization']}/{request['name']}"
         self.check_may_write(repo_id)
-        url = {'url': f'{self.server.url}/{repo_id}'}
-        if repo_id in self.server.repos:
-            self.answer(409, {'error': 'You already created this model repo', **url})
-            return
-        self.server.repos[repo_id] = Repo(request.get('visibility') == 'private' or bool(request.get('private')))
-        self.server.repos[repo_id].commit({'.gitattributes': b'*.safetensors filter=lfs\n'})
-        self.answer(200, url)
+        there = repo_id in self.server.repos
+        if not there:
+            self.server.repos[repo_id] = Repo(request.get('visibility') == 'private' or bool(request.get('private')))
+            self.server.repos[repo_id].commit({'.gitattributes': b'*.safetensors filter=lfs\n'})
+        self.answer(409 if there else 200, {'url': f'{self.server.url}/{repo_id}'})
 
     def validate_yaml(self) -> None:
-        match = re.match(r'---\n(.*?)\n---\n', json.loads(self.content)['content'], re.S)
-        valid = match is not None and isinstance(yaml.safe_load(match[1]).get('license'), str)
+        front_matter = json.loads(self.content)['content'].split('---\n')[1]
+        valid = isinstance(yaml.safe_load(front_matter).get('license'), str)
         errors = [] if valid else [{'message': '"license" must be a string'}]
         self.answer(200 if valid else 400, {'errors': errors, 'warnings': []})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        repo = self.repo(repo_id)
         self.check_may_write(repo_id)
-        there = repo.commits.get(repo.resolve(revision) or '', {})
-        oids = {name: git_oid(content) for name, content in there.items()}
-        self.answer(200, {'files': [
-            {'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False, 'oid': oids.get(file['path'])}
-            for file in json.loads(self.content)['files']]})
+        self.answer(200, {'files': [{'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
+                                    for file in json.loads(self.content)['files']]})
 
     def commit(self, repo_id: str, revision: str) -> None:
         repo = self.repo(repo_id)
@@ -263,25 +248,6 @@ ROUTES = [
 
 # Process side. huggingface_hub reads HF_ENDPOINT when it is imported, so the client is another process, which runs the
 # snippets it is given: importing torch once for each of them would take most of the time of these tests.
-_LOOP = '''
-import json, os, sys, traceback
-from unittest import mock
-answers = os.fdopen(os.dup(1), 'w')
-os.dup2(2, 1)
-import timm_lfnsb
-for line in sys.stdin:
-    request = json.loads(line)
-    scope = dict(request['variables'])
-    try:
-        with mock.patch.dict(os.environ, request['env']):
-            exec(request['code'], scope)
-        answer = {'result': scope.get('result')}
-    except BaseException as error:
-        traceback.print_exc()
-        answer = {'error': type(error).__name__, 'message': str(error)}
-    print(json.dumps(answer), file=answers, flush=True)
-'''
-
 
 class ClientError(Exception):
     """What the snippet raised: `kind` is the name of its type."""
@@ -297,34 +263,47 @@ def client_env(endpoint: str, home: Path, **more: str) -> dict[str, str]:
            if not key.startswith(('HF_', 'HUGGING', 'TIMM_LFNSB_')) and 'proxy' not in key.lower()}
     return {
         **env, 'HF_ENDPOINT': endpoint, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_ETAG_TIMEOUT': '1',
-        'HF_HUB_DOWNLOAD_TIMEOUT': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
-        'OMP_NUM_THREADS': '1', **more,
-    }
+        'HF_HUB_DOWNLOAD_TIMEOUT': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', **more}
+
+
+def _serve(pipe: Connection, env: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    import timm_lfnsb  # noqa: F401
+    while True:
+        code, more, scope = pipe.recv()
+        try:
+            with mock.patch.dict(os.environ, more):
+                exec(code, scope)
+            pipe.send((scope.get('result'), None))
+        except BaseException as error:
+            pipe.send((None, (type(error).__name__, str(error))))
 
 
 class Client:
     """A Python process of its own with timm_lfnsb imported, as a context manager."""
 
     def __init__(self, endpoint: str, home: Path, **env: str):
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', _LOOP], env=client_env(endpoint, home, **env), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        context = multiprocessing.get_context('spawn')
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, client_env(endpoint, home, **env)), daemon=True)
+        self.process.start()
+        theirs.close()
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.join()
 
     def run(self, code: str, env: dict[str, str] | None = None, **variables: Any) -> Any:
         """Run a snippet; returns what it leaves in `result`, raises ClientError for whatever it raises."""
-        assert self.process.stdin and self.process.stdout
-        request = {'code': code, 'env': env or {}, 'variables': variables}
-        print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        assert line, 'the client process ended'
-        answer = json.loads(line)
-        if 'error' in answer:
-            raise ClientError(answer['error'], answer['message'])
-        return answer['result']
+        self.pipe.send((code, env or {}, variables))
+        try:
+            result, error = self.pipe.recv()
+        except EOFError:
+            raise AssertionError('the client process ended') from None
+        if error:
+            raise ClientError(*error)
+        return result

@@ -1,8 +1,6 @@
 """Training sets: the share of each class, and all randomness of an epoch, which follows from seed and epoch."""
 from __future__ import annotations
 
-import argparse
-import pickle
 import random
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from support.train_script import CPU, STANDIN, standin
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch.utils.data import Dataset
 
-from timm_lfnsb.train.datasets import BalancedDataset, SeededDataset, folder_targets, mix_seed, seed_epoch
+from timm_lfnsb.train.datasets import BalancedDataset, SeededDataset, seed_epoch
 from timm_lfnsb.train.launch import extend_train_script, load_module
 
 
@@ -45,19 +43,8 @@ def test_the_balance_power_sets_the_share_of_each_class(power, expected, imbalan
     dataset = balanced(imbalanced_folder, power)
     counts = torch.cat([drawn(dataset, epoch) for epoch in range(50)]).bincount(minlength=3)
     assert len(dataset) == 79 and counts.sum() == 50 * 79
+    assert torch.equal(drawn(dataset, 3), drawn(balanced(imbalanced_folder, power), 3))  # whatever came before
     torch.testing.assert_close(counts / counts.sum(), torch.tensor(expected) / sum(expected), atol=0.03, rtol=0)
-
-
-def test_the_balanced_draw_is_a_function_of_seed_and_epoch(imbalanced_folder):
-    """So every rank makes the same draw, and a resumed run the one of the uninterrupted run."""
-    def indices(epochs, seed: int = 3) -> list[int]:
-        dataset = balanced(imbalanced_folder, 1, seed)
-        for epoch in epochs:
-            dataset.set_epoch(epoch)
-        return dataset.indices.tolist()
-
-    assert indices([0, 1, 2]) == indices([2])
-    assert indices([1]) != indices([2]) != indices([2], seed=4)
 
 
 @pytest.mark.parametrize('choices', [None, [16, 32]])
@@ -82,11 +69,6 @@ def test_the_launcher_balances(imbalanced_folder, tmp_path):
         for flags in ([], ['--balance-power', '0'], ['--balance-power', '1']))
     assert plain == same and plain[0] == plain[1] and [plain[0].count(i) for i in range(3)] == [60, 15, 4]
     assert power[0] != power[1] and all(16 <= epoch.count(i) <= 37 for epoch in power for i in range(3))
-
-
-def test_targets_need_a_folder():
-    with pytest.raises(ValueError, match='folder of images'):
-        folder_targets(argparse.Namespace(reader=None))
 
 
 class Noise(Dataset):
@@ -128,27 +110,9 @@ def test_all_draws_of_an_epoch_depend_on_seed_and_epoch_alone(num_workers):
     assert numbers.unique().numel() == len(numbers)
 
 
-def test_seeds_do_not_collide_as_sums_would():
-    seeds = {mix_seed(seed, epoch, rank, worker) for seed in range(4) for epoch in range(8) for rank in range(4)
-             for worker in range(4)}
-    assert len(seeds) == 4 * 8 * 4 * 4 and all(0 <= seed < 2 ** 32 for seed in seeds)
-    assert mix_seed(-1, 0) != mix_seed(1, 0)
-
-
-def test_the_seeded_dataset_is_the_dataset_it_wraps(face_folder):
-    plain = create_dataset('', root=str(face_folder), split='train', is_training=True)
-    dataset = SeededDataset(plain, 3)
-    dataset.transform = len
-    assert plain.transform is len and dataset.transform is len
-    assert len(dataset) == 24 and dataset.reader is plain.reader and dataset.filename(5) == plain.filename(5)
-    assert not hasattr(dataset, 'set_epoch') and hasattr(SeededDataset(BalancedDataset(plain, 1), 3), 'set_epoch')
-    assert len(pickle.loads(pickle.dumps(dataset))) == 24  # for workers that are spawned
-
-
 def test_mixup_off_reaches_the_workers(face_folder):
     """timm switches its mixup off in a copy that worker processes which live on never see."""
     module = load_module(STANDIN)
-    module.parser.add_argument('--mixup-off-epoch', type=int, default=0)
     extend_train_script(module)
     module.parser.parse_args(['--mixup-off-epoch', '1'])
     loader = module.create_loader(
@@ -161,7 +125,7 @@ def test_mixup_off_reaches_the_workers(face_folder):
     assert mixed == [True, False]
 
 
-@pytest.mark.parametrize('flag, word', [('--use-multi-epochs-loader', 'reads ahead'), ('--naflex-loader', 'NaFlex')])
-def test_loaders_that_cannot_be_seeded_are_warned_of(flag, word, tmp_path, caplog):
-    standin(tmp_path, flag)
-    assert word in caplog.text and 'resumed' in caplog.text
+@pytest.mark.parametrize('flag', ['--use-multi-epochs-loader', '--naflex-loader'])
+def test_loaders_that_cannot_be_seeded_are_warned_of(flag, tmp_path, caplog):
+    assert standin(tmp_path, flag)['args']['no_epoch_seeds']
+    assert flag in caplog.text and 'resumed' in caplog.text

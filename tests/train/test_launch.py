@@ -1,23 +1,14 @@
 """`timm-lfnsb run` with a stand-in script; timm's own is in test_real_train."""
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
-import timm.utils
 import yaml
 from support.train_script import STANDIN, changed_standin, launch, one_sentence, standin
 
 from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.recipes import recipe_names
-from timm_lfnsb.train.checkpoints import SafeSaver, summarize
-from timm_lfnsb.train.launch import extend_train_script
-
-
-def test_without_the_options_nothing_changes(tmp_path):
-    result = standin(tmp_path, '--aug-splits', '3')  # the loss would refuse it
-    assert result['task'] == 'ClassificationTask' and set(result['parts']) == {'loss', 'output'}
 
 
 def test_the_options_build_our_task(tmp_path):
@@ -43,13 +34,8 @@ def test_the_options_work_from_yaml_and_the_command_line_wins(tmp_path):
 
 
 def test_help():
-    result = launch(STANDIN, '--help')
-    assert result.exit_code == 0
-    for flag in ('--cosine-harmony WEIGHT', '--cosine-harmony-alpha', '--cosine-harmony-variant', '--label-votes FILE',
-                 '--cosine-harmony-fixed-centers', '--balance-power POWER', '--logit-adjustment TAU', '--photo-look',
-                 '--skip-folders NAME', '--no-epoch-seeds', '--kd-model-name'):
-        assert flag in result.output
-    assert 'TIMM_SCRIPTS' in launch('--help').output
+    for flag in ('--cosine-harmony WEIGHT', '--label-votes FILE', '--logit-adjustment TAU', '--kd-model-name'):
+        assert flag in launch(STANDIN, '--help').output
 
 
 def test_class_maps_of_the_package_go_by_name(tmp_path):
@@ -76,18 +62,15 @@ def test_other_scripts_run_as_they_are_and_import_their_siblings(tmp_path):
 @pytest.mark.parametrize('flags, words', [
     (['--cosine-harmony', '1', '--kd-model-name', 'resnet18', '--kd-distill-type', 'feature'],
      ['--kd-model-name', 'logit']),
-    (['--cosine-harmony', '1', '--torchscript'], ['--torchscript', '--torchcompile']),
-    (['--cosine-harmony', '1', '--naflex-loader'], ['NaFlex']),
-    (['--cosine-harmony', '1', '--aug-splits', '3'], ['--aug-splits']),
+    (['--cosine-harmony', '1', '--torchscript'], ['--torchscript']),
+    (['--cosine-harmony', '1', '--naflex-loader'], ['--naflex-loader']),
     (['--cosine-harmony', '1', '--cosine-harmony-alpha', '2'], ['[0, 1]']),
     (['--balance-power', '1.5'], ['--balance-power', '[0, 1]']),
-    (['--balance-power', '1', '--naflex-loader'], ['--balance-power', 'NaFlex']),
-    (['--balance-power', '1', '--aug-splits', '3'], ['--balance-power', '--aug-splits']),
     (['--balance-power', '1', '--use-multi-epochs-loader'], ['--balance-power', '--use-multi-epochs-loader']),
     (['--label-votes', 'none.csv'], ['none.csv is not a file', 'prepare ferplus']),
-    (['--label-votes', __file__], ['--label-votes', "no column 'file'"]),
+    (['--label-votes', __file__], ['--label-votes', 'no column for file']),
     (['--label-votes', __file__, '--aug-splits', '3'], ['--label-votes cannot be combined', '--aug-splits']),
-    (['--logit-adjustment', '-1'], ['--logit-adjustment', 'negative']),
+    (['--logit-adjustment', '-1'], ['--logit-adjustment', '[0, inf]']),
     (['--photo-look', '2'], ['--photo-look', '[0, 1]']),
     (['--pretrained-path', 'weights.safetensors'], ['--pretrained-path', 'add --pretrained']),
     (['--val-split', 'test'], ["no split 'test'", 'train, validation']),  # timm would take the whole folder
@@ -99,35 +82,25 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags, words, face_folder, 
     assert not (tmp_path / 'result.json').exists()
 
 
-def test_a_script_that_goes_past_the_replaced_task_is_refused(tmp_path):
+def test_a_script_that_goes_past_the_replaced_task_is_refused(face_folder, tmp_path):
     """A table of tasks made at import still holds timm's own: training without the loss must not go unnoticed."""
     script = changed_standin(
         tmp_path, ('\nparser =', "\nTASKS = {'classification': ClassificationTask}\nparser ="),
         ('task = ClassificationTask(', "task = TASKS['classification']("))
-    assert launch(script, '--output', tmp_path).exit_code == 0
+    args = [script, '--output', tmp_path, '--data-dir', face_folder]
+    assert launch(*args).exit_code == 0
     for option in ('--cosine-harmony', '--logit-adjustment'):
-        result = launch(script, '--output', tmp_path, option, '1')
-        one_sentence(result, f'{option} is on', 'builds a ClassificationTask')
-
-
-def test_scripts_that_parse_known_args_or_check_the_type(tmp_path):
-    script = changed_standin(
-        tmp_path, ('parser.parse_args(remaining)', 'parser.parse_known_args(remaining)[0]'),
-        ('parts = task(', 'print(type(task).__name__, isinstance(task, ClassificationTask))\n    parts = task('))
-    assert launch(script, '--output', tmp_path).output.strip() == 'ClassificationTask True'
-    ours = launch(script, '--output', tmp_path, '--cosine-harmony', '1')
-    assert ours.output.strip() == 'CosineHarmonyTask True'
+        one_sentence(launch(*args, option, '1'), f'{option}', 'builds a ClassificationTask')
 
 
 def test_scripts_of_older_releases(tmp_path, caplog):
-    """They run, with a warning of what is missing, but not with options that need it."""
+    """They run as they are, with a warning of what is missing."""
     script = tmp_path / 'old_train.py'
     script.write_text('import argparse\nparser = argparse.ArgumentParser()\n'
-                      'def main():\n    print(parser.parse_args().cosine_harmony)\n')
-    assert launch(script).output.strip() == '0.0'
-    assert 'no create_dataset or train_one_epoch' in caplog.text and 'goes unnoticed' in caplog.text
-    one_sentence(launch(script, '--cosine-harmony', '1'), 'too old', '1.0.27')
-    one_sentence(launch(script, '--balance-power', '1'), 'create_dataset')
+                      'def main():\n    print(parser.parse_args())\n')
+    assert launch(script).output.strip() == 'Namespace()'
+    assert '1.0.27' in caplog.text and 'create_loader, train_one_epoch' in caplog.text
+    assert launch(script, '--cosine-harmony', '1').exit_code == 2
 
 
 def test_scripts_that_are_none(tmp_path):
@@ -136,13 +109,3 @@ def test_scripts_that_are_none(tmp_path):
     one_sentence(launch(script), 'no main()')
     missing = launch('no_such_train.py', env={'TIMM_SCRIPTS': ''})
     one_sentence(missing, 'no_such_train.py', 'TIMM_SCRIPTS', 'pytorch-image-models')
-
-
-def test_a_script_that_imports_the_saver_by_name_gets_ours():
-    from timm.utils import CheckpointSaver, update_summary
-    module = argparse.Namespace(parser=argparse.ArgumentParser(), CheckpointSaver=CheckpointSaver, utils=timm.utils)
-    extend_train_script(module)
-    module.parser.parse_args([])
-    assert module.CheckpointSaver is module.utils.CheckpointSaver is SafeSaver
-    assert module.utils.update_summary is summarize and module.utils.random_seed is timm.utils.random_seed
-    assert timm.utils.CheckpointSaver is CheckpointSaver and timm.utils.update_summary is update_summary

@@ -27,6 +27,7 @@ def test_size_and_mode_stay_and_the_seed_repeats(size, mode):
         changed.append(np.asarray(result))
     assert (changed[0] == changed[1]).all() and (changed[0] != changed[2]).any()
     assert (changed[0] != np.asarray(image)).any()
+    assert np.asarray(PhotoLook(1.)(Image.new(mode, size, 'white'))).min() > 200  # no dark corners
 
 
 def test_each_change_takes_place_about_as_often_as_asked():
@@ -34,13 +35,6 @@ def test_each_change_takes_place_about_as_often_as_asked():
     assert all(PhotoLook(0.)(image) is image for _ in range(20))
     unchanged = sum(np.array_equal(PhotoLook(0.3)(image), image) for _ in range(300)) / 300
     assert unchanged == pytest.approx(0.7 ** 5, abs=0.07)
-
-
-def test_tilt_continues_the_border():
-    """A bright picture has no dark corners afterwards."""
-    for seed in range(20):
-        torch.manual_seed(seed)
-        assert np.asarray(PhotoLook(1.)(Image.new('L', (48, 48), 255))).min() > 200
 
 
 @pytest.mark.parametrize('sizes', [None, [32, 48]])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support.train_script import CPU, standin
 from timm.data import create_dataset, create_loader
 
-from timm_lfnsb.train.datasets import BalancedDataset, SeededDataset
+from timm_lfnsb.errors import UserError
+from timm_lfnsb.train.datasets import SeededDataset
 from timm_lfnsb.train.votes import VotedDataset, match_votes, read_votes
 
 LABELS = ('neutral', 'happiness', 'sadness', 'anger')
@@ -48,17 +48,15 @@ def test_the_file_is_matched_by_name(tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('neutral,happiness\n', "no column 'file'"),
+    ('neutral,happiness\n', 'no column for file'),
     ('file,neutral,happiness,sadness\n', 'no column for anger'),
-    ('file,neutral,happiness,sadness,anger,boredom\n', 'boredom'),
     ('file,neutral,happiness,sadness,anger\na.png,1,x,0,0\n', 'line 2'),
     ('file,neutral,happiness,sadness,anger\na.png,1,-1,0,0\n', 'line 2'),
     ('file,neutral,happiness,sadness,anger\na.png,1\n', 'line 2'),
-    ('file,neutral,happiness,sadness,anger\na.png,1,0,0,0\na.png,1,0,0,0\n', 'twice'),
 ])
 def test_a_file_that_cannot_be_understood_is_refused(text, words, tmp_path):
     (tmp_path / 'votes.csv').write_text(text)
-    with pytest.raises(ValueError, match=r'votes.csv') as error:
+    with pytest.raises(UserError, match=r'--label-votes .*votes.csv') as error:
         read_votes(tmp_path / 'votes.csv', LABELS)
     assert words in str(error.value)
 
@@ -67,12 +65,12 @@ def test_votes_of_other_images_or_labels_are_refused():
     votes = {f'{i}.png': np.eye(2)[i % 2] * 10 for i in range(10)}
     files, targets = [f'a/{i}.png' for i in range(10)], [i % 2 for i in range(10)]
     assert match_votes(votes, files, targets, 2).tolist() == np.eye(2)[targets].tolist()
-    with pytest.raises(ValueError, match='other images'):
-        match_votes(votes, [f'b{i}.png' for i in range(10)], targets, 2)
-    with pytest.raises(ValueError, match='mixed up'):
-        match_votes(votes, files, [1 - target for target in targets], 2)
-    with pytest.raises(ValueError, match='two images are called'):
-        match_votes(votes, ['a/0.png', 'b/0.png'], [0, 0], 2)
+    for names, labels, words in (
+            ([f'b{i}.png' for i in range(10)], targets, 'other images'),
+            (files, [1 - target for target in targets], 'mixed up'),
+            (['a/0.png', 'b/0.png'], [0, 0], 'two images are called')):
+        with pytest.raises(UserError, match=words):
+            match_votes(votes, names, labels, 2)
 
 
 def test_labels_are_drawn_in_proportion_to_the_votes(face_folder, votes_file):
@@ -83,12 +81,8 @@ def test_labels_are_drawn_in_proportion_to_the_votes(face_folder, votes_file):
     assert {epoch['happiness3.png'] for epoch in drawn} == {0, 1}  # and never what nobody said
     assert {epoch['anger0.png'] for epoch in drawn} == {3}  # without votes the folder's
     assert {epoch['neutral1.png'] for epoch in drawn} == {0}
-
-
-def test_the_draw_is_a_function_of_seed_epoch_and_name(face_folder, votes_file):
-    first, again, other = (voted(face_folder, votes_file, seed) for seed in (3, 3, 4))
-    assert labels(first, 7) == labels(again, 2, 7) != labels(other, 7)
-    assert labels(first) != labels(again, 8)
+    again, other = voted(face_folder, votes_file), voted(face_folder, votes_file, seed=4)
+    assert drawn[7] == labels(again, 2, 7) != labels(other, 7)  # a function of seed, epoch and name
 
 
 def test_workers_that_live_on_see_each_epochs_labels(face_folder, votes_file):
@@ -102,16 +96,6 @@ def test_workers_that_live_on_see_each_epochs_labels(face_folder, votes_file):
         assert seen[-1] == sorted(labels(dataset).values())
     assert len({tuple(epoch) for epoch in seen}) > 1
     assert len(pickle.loads(pickle.dumps(dataset))) == 24  # for workers that are spawned
-
-
-def test_balance_goes_by_the_labels_of_the_epoch(face_folder, votes_file):
-    dataset = BalancedDataset(voted(face_folder, votes_file), 1.)
-    counts = torch.zeros(4)
-    for epoch in range(100):
-        dataset.set_epoch(epoch)
-        targets = torch.tensor([target for _, target in dataset.reader.samples])
-        counts += targets[dataset.indices].bincount(minlength=4)
-    assert (counts / counts.sum()).tolist() == pytest.approx([0.25] * 4, abs=0.03)
 
 
 def test_the_launcher_draws_labels(face_folder, votes_file, tmp_path):

@@ -5,16 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
 import timm
 import torch
-from support import ROOT
 from support.hub_server import OWNER, Client, ClientError, HubServer, client_env
 from timm.models import save_for_hf
 
-from timm_lfnsb.models.networks import default_cfgs
 from timm_lfnsb.util.files import file_sha256
 from timm_lfnsb.weights import names
 
@@ -32,6 +29,8 @@ import timm
 result = timm.create_model('lfnsb', pretrained=True, cache_dir=cache).pretrained_cfg['file']
 """
 TIMM = "import timm; timm.create_model(name, pretrained=True, cache_dir=cache)"
+
+BOTH = pytest.mark.parametrize('name', [REPO, 'someone/faces'])
 
 
 @pytest.fixture(scope='module')
@@ -89,13 +88,6 @@ def alter(server: HubServer, repo_id: str) -> None:
     server.repos[repo_id].commit({'model.safetensors': content[:-1] + bytes([content[-1] ^ 1])})
 
 
-def test_every_weight_names_its_repository():
-    tags = {f'{arch}.{tag}': c for arch, cfg in default_cfgs.items() for tag, c in cfg.cfgs.items() if c.has_weights}
-    assert set(tags) == set(names.HUB_REVISIONS)
-    for name, cfg in tags.items():
-        assert cfg.hf_hub_id == f'timm-lfnsb/{name}' and cfg.file == str(names.WEIGHTS_DIR / f'{name}.safetensors')
-
-
 def test_nothing_is_fetched_unasked(tmp_path):
     """Any connection or name look-up ends the process; the organisation comes from the environment."""
     code = """
@@ -122,19 +114,6 @@ socket.getaddrinfo('localhost', 80)  # the guard works
     assert not any(tmp_path.iterdir())
 
 
-def test_no_remote_code():
-    for path in (ROOT / 'timm_lfnsb').rglob('*.py'):
-        assert 'trust_remote_code' not in path.read_text(), path
-
-
-def test_default_is_embedded(server, client, tmp_path):
-    assert client.run(PREFER, cache=tmp_path) == str(EMBEDDED)
-    assert client.run(PREFER, env={'TIMM_LFNSB_WEIGHTS': 'embedded'}, cache=tmp_path) == str(EMBEDDED)
-    assert server.log == []
-    assert "must be 'embedded' (the default) or 'hub'" in refused(
-        client, PREFER, env={'TIMM_LFNSB_WEIGHTS': 'Hub'}, cache=tmp_path)
-
-
 def test_hub_preferred(server, client, tmp_path):
     prefer = {'TIMM_LFNSB_WEIGHTS': 'hub'}
     path = client.run(PREFER, env=prefer, cache=tmp_path)
@@ -148,12 +127,9 @@ def test_hub_preferred(server, client, tmp_path):
     assert client.run(other, env=prefer, cache=tmp_path / 'c', file=copy) == copy
     assert client.run(code.format(False, 'num_classes=3'), env=prefer, cache=tmp_path / 'd') == str(EMBEDDED)
     assert server.log == []
-
-
-def test_hub_preferred_does_not_fall_back_silently(server, client, tmp_path):
+    # There is no falling back to the embedded file without a word.
     del server.repos[REPO]
-    message = refused(client, PREFER, env={'TIMM_LFNSB_WEIGHTS': 'hub'}, cache=tmp_path)
-    assert 'there is no model timm-lfnsb/lfnsb.ferplus' in message and 'without it the embedded weights load' in message
+    assert f'there is no model {REPO}' in refused(client, PREFER, env=prefer, cache=tmp_path / 'e')
 
 
 def test_same_logits_by_every_way(server, client, tmp_path):
@@ -204,81 +180,44 @@ def test_pinned_revision(server, client, tmp_path):
         assert all(first in path or '/cdn/' in path for path in server.paths('GET') + server.paths('HEAD'))
         message = refused(client, LOAD, name=f'hf-hub:{REPO}@main', cache=tmp_path)  # asked for, so not the pin
         assert 'is not the file this version' in message
-        server.repos[REPO].refs['0' * 40] = first  # a Hub that answers with another commit than asked for
-        assert 'gave another' in refused(client, pin + LOAD, name=f'hf-hub:{REPO}', pin='0' * 40, cache=tmp_path)
     finally:
         client.run(pin, pin=None)
 
 
-def test_cache_is_used_without_a_network(server, client, folders, tmp_path):
+def test_cache_is_used_without_a_network(server, client, tmp_path):
     for name in (REPO, 'someone/faces'):
         client.run(LOAD, name=f'hf-hub:{name}', cache=tmp_path)
-    client.run(TIMM, name=f'hf-hub:{REPO}', cache=tmp_path)
+    unset = 'from huggingface_hub import constants; constants.HF_HUB_OFFLINE = False'
     with Client('http://127.0.0.1:9', tmp_path / 'home', HF_HUB_OFFLINE='1') as offline:
-        for name in (REPO, 'someone/faces'):
-            offline.run(LOAD, name=f'hf-hub:{name}', cache=tmp_path)
-        offline.run(TIMM, name=f'hf-hub:{REPO}', cache=tmp_path)  # timm's own path as well
-        offline.run(PREFER, env={'TIMM_LFNSB_WEIGHTS': 'hub'}, cache=tmp_path)
-        for name in (REPO, 'someone/faces'):
-            assert 'HF_HUB_OFFLINE forbids to fetch it' in refused(
-                offline, LOAD, name=f'hf-hub:{name}', cache=tmp_path / 'empty')
-        unplugged = offline
-        unplugged.run('from huggingface_hub import constants; constants.HF_HUB_OFFLINE = False')
-        for name in (REPO, 'someone/faces'):
-            unplugged.run(LOAD, name=f'hf-hub:{name}', cache=tmp_path)
-            assert '127.0.0.1:9 cannot be reached' in refused(
-                unplugged, LOAD, name=f'hf-hub:{name}', cache=tmp_path / 'empty')
+        for message in ('HF_HUB_OFFLINE forbids to fetch it', '127.0.0.1:9 cannot be reached'):
+            for name in (REPO, 'someone/faces'):
+                offline.run(LOAD, name=f'hf-hub:{name}', cache=tmp_path)
+                assert message in refused(offline, LOAD, name=f'hf-hub:{name}', cache=tmp_path / 'empty')
+            assert offline.run(PREFER, env={'TIMM_LFNSB_WEIGHTS': 'hub'}, cache=tmp_path).startswith(str(tmp_path))
+            offline.run(unset)
         # A damaged cache cannot be mended then.
-        path = unplugged.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
+        path = offline.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
         with open(path, 'r+b') as file:
             file.truncate(1000)
-        assert 'cannot be reached' in refused(unplugged, LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
+        assert 'cannot be reached' in refused(offline, LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
 
 
-def test_private_repository(server, client, tmp_path):
-    server.repos[REPO].private = server.repos['someone/faces'].private = True
-    for name in (REPO, 'someone/faces'):
-        assert 'or it is private' in refused(client, LOAD, name=f'hf-hub:{name}', cache=tmp_path)
-        assert 'does not know you' in refused(
-            client, LOAD, env={'HF_TOKEN': 'hf_wrong'}, name=f'hf-hub:{name}', cache=tmp_path)
-        client.run(LOAD, env={'HF_TOKEN': OWNER}, name=f'hf-hub:{name}', cache=tmp_path)
-    client.run(TIMM, env={'HF_TOKEN': OWNER}, name=f'hf-hub:{REPO}', cache=tmp_path / 'timm')
+@BOTH
+def test_private_repository(server, client, tmp_path, name):
+    server.repos[name].private = True
+    assert 'or it is private' in refused(client, LOAD, name=f'hf-hub:{name}', cache=tmp_path)
+    assert 'does not know you' in refused(
+        client, LOAD, env={'HF_TOKEN': 'hf_wrong'}, name=f'hf-hub:{name}', cache=tmp_path)
+    client.run(LOAD, env={'HF_TOKEN': OWNER}, name=f'hf-hub:{name}', cache=tmp_path)
 
 
-@pytest.mark.parametrize('code', [LOAD, TIMM], ids=['ours', 'timm'])
-@pytest.mark.parametrize('name', [REPO, 'someone/faces'])
-def test_interrupted_download_goes_on(server, client, tmp_path, code, name):
-    def ranges() -> list[str | None]:
-        return [headers.get('range') for method, path, headers in server.log if method == 'GET' and '/cdn/' in path]
-
-    server.faults['cut'] = 2
-    client.run(code, name=f'hf-hub:{name}', cache=tmp_path / 'a')
-    assert len(ranges()) == 3
-    # The client keeps what has arrived in blocks of 10 MB, so that our small files begin again; with smaller blocks:
-    server.log.clear()
-    server.faults['cut'] = 2
-    block = 'from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = size'
-    client.run(block, size=1 << 16)
-    try:
-        client.run(code, name=f'hf-hub:{name}', cache=tmp_path / 'b')
-    finally:
-        client.run(block, size=10 << 20)
-    assert len(ranges()) == 3 and ranges()[0] is None and all(ranges()[1:])
-    stored = [path for path in tmp_path.rglob('*') if path.is_file() and not path.is_symlink()]
-    assert not [path for path in stored if path.name.endswith('.incomplete')]
-
-
-def test_truncated_download_is_thrown_away(server, client, tmp_path):
-    """A file that is shorter than the Hub said: the client's own check, by size, in our path as in timm's."""
+@BOTH
+def test_truncated_download_is_thrown_away(server, client, tmp_path, name):
+    """A file that is shorter than the Hub said."""
     server.faults['short'] = -1
-    for name in (REPO, 'someone/faces'):
-        message = refused(client, LOAD, name=f'hf-hub:{name}', cache=tmp_path)
-        assert f'the download of model.safetensors from {name} is incomplete' in message
-    with pytest.raises(ClientError, match='OSError: Consistency check failed'):
-        client.run(TIMM, name=f'hf-hub:{REPO}', cache=tmp_path)
+    assert 'Consistency check failed' in refused(client, LOAD, name=f'hf-hub:{name}', cache=tmp_path)
     server.faults.clear()
-    for name in (REPO, 'someone/faces'):  # nothing of it stays behind
-        client.run(LOAD, name=f'hf-hub:{name}', cache=tmp_path)
+    client.run(LOAD, name=f'hf-hub:{name}', cache=tmp_path)  # nothing of it stays behind
 
 
 def test_altered_on_the_way(server, client, tmp_path):
@@ -312,30 +251,18 @@ def test_damaged_cache_heals(server, client, tmp_path):
 
 
 def test_pickled_weights_are_refused(server, client, tmp_path):
-    message = refused(client, LOAD, name='hf-hub:someone/pickle', cache=tmp_path)
-    assert 'pickled weights from the Hub are not loaded' in message
-    assert not any('pytorch_model' in path for _, path, _ in server.log)  # not even fetched
     repo = server.repos['someone/pickle']
     config = json.loads(repo.commits[repo.refs['main']]['config.json'])
-    for extra in ({'hf_hub_filename': 'pytorch_model.bin'}, {'custom_load': 'hf', 'hf_hub_filename': 'x.safetensors'}):
+    for extra in ({}, {'hf_hub_filename': 'pytorch_model.bin'}, {'custom_load': 'hf', 'hf_hub_filename': 'x.npz'}):
         changed = {**config, 'pretrained_cfg': {**config['pretrained_cfg'], **extra}}
         repo.commit({'config.json': json.dumps(changed).encode()})
-        assert 'pickled weights' in refused(client, LOAD, name='hf-hub:someone/pickle', cache=tmp_path)
-
-
-def test_other_safetensors_name(server, client, tmp_path):
-    repo = server.repos['someone/faces']
-    files = repo.commits[repo.refs['main']]
-    config = json.loads(files['config.json'])
-    config['pretrained_cfg']['hf_hub_filename'] = 'best.safetensors'
-    repo.commits[repo.refs['main']] = {
-        'config.json': json.dumps(config).encode(), 'best.safetensors': files['model.safetensors']}
-    client.run(LOAD, name='hf-hub:someone/faces', cache=tmp_path)
+        message = refused(client, LOAD, name='hf-hub:someone/pickle', cache=tmp_path)
+        assert 'has no file model.safetensors' in message and 'no pickled weights' in message
+    assert not any('pytorch_model' in path for _, path, _ in server.log)  # not even fetched
 
 
 @pytest.mark.parametrize('config, weights, message', [
-    (b'{', None, 'config.json of someone/faces is not one of a timm model'),
-    (b'[]', None, 'config.json of someone/faces is not one of a timm model'),
+    (b'{', None, 'cannot load the model'),
     (b'{"architecture": "evil", "pretrained_cfg": {}}', None, 'Unknown model'),
     (None, b'\x80\x04 no safetensors' * 1000, 'cannot load the model'),
     (b'{"architecture": "mfn", "num_classes": 7, "pretrained_cfg": {}}', None, 'cannot load the model'),
@@ -349,8 +276,7 @@ def test_broken_repository(server, client, tmp_path, config, weights, message):
 @pytest.mark.parametrize('name, message', [
     ('timm-lfnsb/nothing', 'there is no model timm-lfnsb/nothing on 127.0.0.1'),
     ('someone/faces@old', 'someone/faces has no revision old'),
-    ('', "is no name of a Hub repository"),
-    ('a/b/c', "'a/b/c' is no name of a Hub repository"),
+    ('a/b/c', "'namespace/repo_name': 'a/b/c'"),
     ('someone/empty', 'someone/empty has no file config.json'),
 ])
 def test_not_there(server, client, tmp_path, name, message):
@@ -367,62 +293,6 @@ def test_time_out(server, client, tmp_path):
     server.faults['silent'] = -1
     for name in (REPO, 'someone/faces'):
         message = refused(client, LOAD, name=f'hf-hub:{name}', cache=tmp_path / 'empty')
-        assert 'did not answer in time' in message
+        assert 'cannot be reached' in message and 'timed out' in message
     assert len(server.log) == 2
     client.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
-
-
-@pytest.mark.slow
-def test_time_out_in_mid_download(server, client, tmp_path):
-    """The client tries six times before it gives up."""
-    server.faults['hang'] = -1
-    assert 'did not answer in time' in refused(client, LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
-    server.faults.clear()
-    client.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_in_mid_download(server, client, tmp_path):
-    """kill -9 with half of the file on disk: the next process takes none of it for the whole."""
-    server.faults['stall'] = 1
-    server.stalled.clear()
-    with Client(server.url, tmp_path / 'home', HF_HUB_DOWNLOAD_TIMEOUT='60') as victim:
-        def kill():
-            server.stalled.wait(60)
-            half.extend(tmp_path.rglob('*.incomplete'))
-            victim.process.kill()
-
-        half: list = []
-        thread = threading.Thread(target=kill)
-        thread.start()
-        with pytest.raises(AssertionError, match='the client process ended'):
-            victim.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
-        thread.join()
-        assert half
-    path = client.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
-    assert file_sha256(path) == file_sha256(EMBEDDED)
-
-
-def test_busy_hub_is_asked_again(server, client, tmp_path):
-    server.faults['busy'] = 2  # our question and the client's first
-    client.run(LOAD, name=f'hf-hub:{REPO}', cache=tmp_path)
-
-
-def test_recognizer_and_evaluate_and_predict_check(server, client, tmp_path):
-    """They load through the same checks, and say the sentence."""
-    alter(server, REPO)
-    env = {'HF_HUB_CACHE': str(tmp_path)}
-    code = "from timm_lfnsb import ExpressionRecognizer; ExpressionRecognizer(name)"
-    assert 'was not loaded' in refused(client, code, env=env, name=f'hf-hub:{REPO}')
-    with pytest.raises(ClientError, match=r'UserError.*was not loaded'):
-        client.run('from timm_lfnsb.models.loading import load_model; load_model(name)', name=f'hf-hub:{REPO}')
-    code = """
-from click.testing import CliRunner
-from timm_lfnsb.cli import main
-outcome = CliRunner().invoke(main, ['predict', '--sample', '--model', name])
-result = outcome.exit_code, outcome.output
-"""
-    status, output = client.run(code, name=f'hf-hub:{REPO}')
-    assert status == 1 and 'was not loaded' in output and 'Traceback' not in output
-    status, output = client.run(code, name='hf-hub:someone/pickle')
-    assert status == 1 and output.startswith('Error: someone/pickle has')

@@ -24,25 +24,13 @@ def import_exported() -> Any:
     return importlib.import_module('timm_lfnsb.predict.exported')
 
 
-def place(model: Any, images: Any, spec: dict[str, Any]) -> tuple[Any, Any]:
-    """A model and images on the device of `spec`, in the memory order that suits convolutions."""
+def predictor(model: Any, images: Any, compiled: bool) -> Callable[[], Any]:
+    """A call that predicts images in PyTorch."""
     import torch
-    model = model.to(spec['device']).to(memory_format=torch.channels_last)
-    return model, images.to(spec['device'], memory_format=torch.channels_last)
-
-
-def predictor(model: Any, images: Any, spec: dict[str, Any]) -> Callable[[], Any]:
-    """A call that predicts images in PyTorch; outputs arrive on the CPU in float32."""
-    import torch
-    model, images = place(model, images, spec)
-    if spec['runtime'] == 'compiled':
+    images, model = images.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
+    if compiled:
         model.compile(dynamic=False)
-
-    def predict() -> Any:
-        with torch.inference_mode(), torch.autocast(spec['device'], torch.bfloat16, enabled=spec['amp']):
-            return model(images).float().cpu()
-
-    return predict
+    return torch.inference_mode()(functools.partial(model, images))
 
 
 def peak_memory() -> float:
@@ -57,11 +45,7 @@ def peak_memory() -> float:
 
 
 def run(spec: dict[str, Any]) -> dict[str, float]:
-    """Load and predict as `spec` says (see `measure.Network.spec`).
-
-    Returns:
-        Seconds from the start of the process to the first prediction, and peak memory (of a GPU, its own) after more.
-    """
+    """Load and predict as `spec` (see `measure.Network.spec`) says: seconds from the start, peak memory in MB."""
     predict: Callable[[], Any]
     if spec['file']:
         import numpy as np
@@ -74,13 +58,9 @@ def run(spec: dict[str, Any]) -> dict[str, float]:
         import timm_lfnsb  # noqa: F401  (registers the models)
         torch.set_num_threads(spec['threads'])
         model = timm.utils.reparameterize_model(timm.create_model(**spec['create']).eval())
-        predict = predictor(model, torch.zeros(spec['shape']), spec)
+        predict = predictor(model, torch.zeros(spec['shape']), spec['runtime'] == 'compiled')
     predict()
-    seconds = time.monotonic() - spec['started']
-    for _ in range(3):
-        predict()
-    peak = peak_memory() if spec['device'] == 'cpu' else torch.cuda.max_memory_allocated() / 1e6
-    return {'cold_start_s': seconds, 'peak_mb': peak}
+    return {'cold_start_s': time.monotonic() - spec['started'], 'peak_mb': peak_memory()}
 
 
 if __name__ == '__main__':

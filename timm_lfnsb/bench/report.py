@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, one_sentence
 from ..util.files import replacing
 from ..util.machine import processor
 from ..util.text import markdown_table
@@ -22,14 +21,10 @@ def load_report(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: When the file is something else.
     """
-    try:
+    with one_sentence(f'{path} is not a report of timm-lfnsb bench --json'):
         report = json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}.') from None
-    except ValueError:
-        report = None
-    if not isinstance(report, dict) or report.get('format') != 2:
-        raise UserError(f'{path} is not a report of this version of timm-lfnsb bench --json.')
+        if report['format'] != 2:
+            raise ValueError('another version wrote it')
     return report
 
 
@@ -52,47 +47,35 @@ def format_report(report: dict[str, Any]) -> str:
         parts += [f'**{name}**', markdown_table(headers, cells)]
     if report['settings']['peer']:
         notes.append(f'ratio: time relative to {report["settings"]["peer"]}, round by round')
-    if report['import']:
-        notes += [
-            'cold start: from nothing to the first prediction of a fresh process; MB: its peak memory',
-            '`import timm_lfnsb` takes {ratio:.2f} times as long as `import timm` ({timm_lfnsb:.2f} s and {timm:.2f} s '
-            'of CPU time)'.format(**report['import'])]
+    if any('peak_mb' in row for row in report['results']):
+        notes.append('cold start: from nothing to the first prediction of a fresh process; MB: its peak memory')
     versions = ', '.join(f'{name} {number}' for name, number in report['versions'].items())
     notes.append(
-        f'{_where(report)} on {report["machine"]["cores"]} cores, '
-        f'{"bfloat16 autocast" if report["settings"]["amp"] else "float32"}; {versions}, '
+        f'{_where(report)} on {report["machine"]["cores"]} cores, float32; {versions}, '
         f'commit {(report["commit"] or "unknown")[:10]}, {report["date"][:10]}')
-    if not report['complete']:
-        notes.append('incomplete: the run was interrupted')
     return '\n\n'.join([*parts, '\n'.join(f'- {note}' for note in notes)])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row['model'] + ('' if row['form'] in ('plain', 'reparameterised') else f', {row["form"]}')]
+    cells = [row['model'], 'fails', '', '', '', '']
     if ms := row.get('ms_per_image'):
-        cells += [_number(ms['median']), f'{_number(ms["q1"])} - {_number(ms["q3"])}']
-    else:
-        cells += ['fails', '']
-    cells.append(f'{row["ratio"]["median"]:.2f}' if 'ratio' in row else '')
-    return cells + ([f'{row["cold_start_s"]:.2f}', f'{row["peak_mb"]:.0f}'] if 'peak_mb' in row else ['', ''])
-
-
-def _number(value: float) -> str:
-    """Three digits or more."""
-    return f'{value:.{max(0, 2 - math.floor(math.log10(value)))}f}'
+        cells[1:3] = [f'{ms["median"]:.2f}', f'{ms["q1"]:.2f} - {ms["q3"]:.2f}']
+    if 'ratio' in row:
+        cells[3] = f'{row["ratio"]["median"]:.2f}'
+    if 'peak_mb' in row:
+        cells[4:] = [f'{row["cold_start_s"]:.2f}', f'{row["peak_mb"]:.0f}']
+    return cells
 
 
 def _where(report: dict[str, Any]) -> str:
     machine = report['machine']
-    return f'{machine["gpu"] or processor(machine)}, {machine["threads"]} thread{"s" * (machine["threads"] > 1)}'
+    return f'{processor(machine)}, {machine["threads"]} thread{"s" * (machine["threads"] > 1)}'
 
 
 def check_figure(path: str | Path) -> None:
     """Raise UserError where no figure can be written: matplotlib is missing, or does not know the ending."""
-    try:
+    with one_sentence('--plot cannot draw'):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UserError("--plot needs matplotlib: pip install 'timm-lfnsb[eval]' brings it.") from None
     if Path(path).suffix[1:] not in Figure().canvas.get_supported_filetypes():
         raise UserError(f'--plot {path}: give a file name that ends in .png, .svg or .pdf.')
 
@@ -101,9 +84,6 @@ def benchmark_figure(report: dict[str, Any]) -> Figure:
     """Draw each network's time an image: accuracy over it where at least two networks have one, else parameters.
 
     One panel for each batch size; colours are networks, markers runtimes, lines the quartiles.
-
-    Raises:
-        UserError: When the report has no predictions.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -116,8 +96,6 @@ def benchmark_figure(report: dict[str, Any]) -> Figure:
         label = 'parameters, millions'
     rows = [row for row in report['results']
             if row['task'] == 'predict' and 'ms_per_image' in row and row['model'] in heights]
-    if not rows:
-        raise UserError('there are no predictions in the report to draw.')
     batches = sorted({row['batch'] for row in rows})
     figure = Figure(figsize=(3 + max(5., 4. * len(batches)), 5), dpi=150, layout='constrained')
     panels = dict(zip(batches, figure.subplots(1, len(batches), sharey=True, squeeze=False)[0], strict=True))

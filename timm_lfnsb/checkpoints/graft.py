@@ -24,14 +24,13 @@ def graft(model: str, donor: str, out: Path, seed: int = 0) -> tuple[int, list[s
         The number of tensors taken over, and the keys of those that are not.
 
     Raises:
-        UserError: When the donor has no weights, or the two share no backbone.
+        UserError: When there is no such model, the donor has no weights, or the two share no backbone.
     """
+    if not timm.is_model(model):
+        raise UserError(f'there is no model {model}.')
     source = load_model(donor)
     torch.manual_seed(seed)
-    try:
-        target = timm.create_model(model, num_classes=source.num_classes)
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
+    target = timm.create_model(model, num_classes=source.num_classes)
     taken, state = source.state_dict(), target.state_dict()
     names = [key for key in state if not key.startswith(('head.', 'fc.'))]
     other = [key for key in names if key not in taken or taken[key].shape != state[key].shape]

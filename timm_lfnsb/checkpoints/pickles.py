@@ -25,7 +25,6 @@ from ..errors import UserError
 class StandIn:
     """In the place of an object of a class that is not built, or of a function's result: data, no behaviour."""
 
-    name = ''  # full name of the class or function
     state: dict[Any, Any]  # what would have become its attributes
 
     def __new__(cls, *_: Any) -> StandIn:
@@ -37,11 +36,8 @@ class StandIn:
         if type(state) is dict:
             self.state = state
 
-    def __str__(self) -> str:
-        return f'what {self.name} would have made (nothing of it was run)'
 
-
-def load(path: Path) -> tuple[Any, tuple[str, ...]]:
+def load(path: Path) -> tuple[Any, str]:
     """Read a checkpoint file; the format is told by its first bytes, not by its name.
 
     Returns:
@@ -50,8 +46,6 @@ def load(path: Path) -> tuple[Any, tuple[str, ...]]:
     Raises:
         UserError: When it is no checkpoint, damaged, or needs more than tensors and stand-ins.
     """
-    if not path.is_file():
-        raise UserError(f'{path} is no file.' if path.exists() else f'{path} does not exist.')
     with path.open('rb') as file:
         head = file.read(9)
     is_safetensors = head[8:] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size
@@ -76,7 +70,7 @@ def load(path: Path) -> tuple[Any, tuple[str, ...]]:
         raise UserError(
             f'{path} is no checkpoint, or damaged, or needs code to be read, and none was run ({reason}): take a state '
             'dict saved by torch 1.6 or newer, or safetensors.') from None
-    return value, tuple(map(shown, foreign))
+    return value, shown(', '.join(foreign), 2000)
 
 
 def check_zip(path: Path) -> None:
@@ -93,7 +87,7 @@ def stand_in(name: str) -> Any:
     """What `torch.load` takes for the class or function of that name."""
     if name == 'collections.defaultdict':  # torch fills nothing but dictionaries, and optimizers are made of these
         return (lambda *_: {}), name
-    return type('StandIn', (StandIn,), {'name': shown(name)}), name
+    return type(shown(name), (StandIn,), {}), name
 
 
 def shown(text: str, limit: int = 200) -> str:

@@ -8,35 +8,35 @@ from ..errors import UserError
 from ..util.files import write_json
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(filter(None, (name.strip() for name in value.split(','))))
+class CommaList(click.ParamType):
+    """Values of one type with commas between them."""
 
+    name = 'list'
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in _names(ctx, param, value))
-    except ValueError:
-        raise click.BadParameter(f"'{value}' is not a list of whole numbers such as 1,8,32.") from None
+    def __init__(self, kind: click.ParamType):
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        return tuple(self.kind.convert(part.strip(), param, ctx) for part in value.split(','))
 
 
 @click.command()
 @click.argument('models', nargs=-1)
 @click.option('--peer', 'peers', multiple=True, metavar='MODEL[@SIZE]', default=('resnet18@112',), show_default=True,
               help='A timm model to compare with, may be repeated; ratios refer to the first. none for none.')
-@click.option('--runtime', 'runtimes', default='', callback=_names, metavar='LIST',
+@click.option('--runtime', 'runtimes', metavar='LIST',
+              type=CommaList(click.Choice(['eager', 'compiled', 'onnxruntime', 'openvino'])),
               help='Of eager, compiled, onnxruntime, openvino.  [default: eager, and the last two where installed]')
-@click.option('--batch', 'batches', default='1,8,32', show_default=True, callback=_numbers, metavar='LIST',
-              help='Images of a prediction.')
+@click.option('--batch', 'batches', default='1,8,32', show_default=True, metavar='LIST',
+              type=CommaList(click.IntRange(min=1)), help='Images of a prediction.')
 @click.option('--threads', type=click.IntRange(min=1), help="Of every runtime.  [default: torch's choice]")
 @click.option('--train', is_flag=True, help='Also time training steps: eager, and compiled where --runtime names it.')
 @click.option('--train-batch', default=32, show_default=True, type=click.IntRange(min=2), help='Images of such a step.')
 @click.option('--seconds', default=2., show_default=True, type=click.FloatRange(min=0, min_open=True),
-              help='Time for each network, runtime and batch; three times that where the machine is noisy.')
-@click.option('--rounds', default=10, show_default=True, type=click.IntRange(min=1), help='Least number of turns.')
+              help='Time for each network, runtime and batch.')
+@click.option('--rounds', default=10, show_default=True, type=click.IntRange(min=1), help='Number of turns.')
 @click.option('--cold-starts', default=3, show_default=True, type=click.IntRange(min=0),
-              help='Fresh processes of each network and runtime; 0 leaves out cold start, memory and import.')
-@click.option('--device', default='cpu', show_default=True, type=click.Choice(['cpu', 'cuda']))
-@click.option('--amp', is_flag=True, help='bfloat16 autocast, for eager and compiled.')
+              help='Fresh processes of each network and runtime; 0 leaves out cold start and memory.')
 @click.option('--json', 'json_file', type=click.Path(dir_okay=False), help='Write the report.')
 @click.option('--plot', type=click.Path(dir_okay=False),
               help='Draw accuracy, or parameters, over time: .png, .svg or .pdf.')
@@ -49,8 +49,7 @@ def bench(
     """Measure the speed of MODELS (NAME or NAME@SIZE; default: lfnsb lfn_small mfn mobilefacenet) beside peers.
 
     Also files of `timm-lfnsb export` (.onnx, .xml). Networks run in turns, reparameterised and in float32. Ratios to
-    the peer may be compared between runs and commits on one machine; milliseconds only within a run. Ctrl-C ends a run
-    early and keeps what was measured.
+    the peer may be compared between runs and commits on one machine; milliseconds only within a run.
     """
     from ..bench import measure
     from ..bench import report as reports
@@ -61,13 +60,11 @@ def bench(
     else:
         settings = measure.Settings(
             models=models or measure.Settings.models, peers=() if peers == ('none',) else peers, **options)
-        report = measure.run_benchmark(
-            settings, progress=lambda message: click.echo(message, err=True),
-            save=lambda report: write_json(Path(json_file), report) if json_file else None)
+        report = measure.run_benchmark(settings, progress=lambda message: click.echo(message, err=True))
+        if json_file:
+            write_json(Path(json_file), report)
     click.echo(reports.format_report(report))
     if plot:
         reports.save_figure(report, plot)
-    if not report['complete'] and not show:
-        raise SystemExit(130)
     if not show and any('error' in row for row in report['results']):
         raise UserError('some measurements failed; the notes say which.')

@@ -34,18 +34,13 @@ def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: t
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
     """
     from ..checkpoints.convert import convert as convert_file
-    from ..checkpoints.convert import listing
     converted = convert_file(source, model, out_dir, labels, drop)
-    click.echo(f'{out_dir}: {converted.model} from {source.name}, a {converted.kind}')
+    click.echo(f'{out_dir}: {model} from {source.name}')
     if converted.label_names:
         click.echo('labels: ' + ', '.join(f'{i} {name}' for i, name in enumerate(converted.label_names)))
     else:
         click.echo('no classifier: it ends at the embedding')
-    if converted.dropped:
-        click.echo(f'dropped: {listing(converted.dropped)}')
     if converted.unused:
-        click.echo(f"left out, because the authors' code never uses them: {len(converted.unused)} tensors")
+        click.echo(f"left out, because the authors' code never uses them: {converted.unused} tensors")
     if converted.foreign:
-        click.echo(f'named in the file, and neither imported nor run: {listing(converted.foreign)}')
-    if converted.warning:
-        click.echo(f'Warning: {converted.warning}', err=True)
+        click.echo(f'named in the file, and neither imported nor run: {converted.foreign}')

@@ -8,8 +8,9 @@ import click
 def count(models: tuple[str, ...], as_json: bool) -> None:
     """Count parameters and multiply-accumulates of MODELS (default: all of this zoo), per stage."""
     import json
+    from dataclasses import asdict
 
     from ..models.count import count_model, format_counts
     from ..models.networks import default_cfgs
     counts = [count_model(name) for name in models or default_cfgs]
-    click.echo('\n'.join(json.dumps(item.as_dict()) for item in counts) if as_json else format_counts(counts))
+    click.echo('\n'.join(json.dumps(asdict(item)) for item in counts) if as_json else format_counts(counts))

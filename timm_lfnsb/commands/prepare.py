@@ -27,9 +27,9 @@ def _add_data_set(name: str, summary: str) -> None:
     @click.argument('source', type=click.Path(path_type=Path))
     @click.argument('target', type=click.Path(path_type=Path))
     def command(source: Path, target: Path, hard_link: bool = False) -> None:
-        from ..data.prepare import format_description, prepare_dataset, training_hint
+        from ..data.prepare import format_description, prepare_dataset
         description, done = prepare_dataset(name, source, target, hard_link)
-        click.echo(f'{format_description(description)}\n{target} {done}.\n{training_hint(target, description)}')
+        click.echo(f'{target} {done}.\n{format_description(description, target)}')
 
     if name != 'ferplus':  # whose images come out of archives or tables
         click.option('--hard-link', is_flag=True, help='Link the images (same drive only) instead of copying.')(command)

@@ -26,11 +26,4 @@ def push(source: str, dry_run: bool, **options: Any) -> None:
     click.echo(f"{'would publish' if dry_run else 'published'} {result.repo_id}")
     for name, size, sha256 in result.files:
         click.echo(f'{name.ljust(width)}  {size:>12,} bytes  sha256 {sha256}')
-    if not result.has_metrics:
-        click.echo('warning: the card has no model-index, so the Hub shows no metrics.', err=True)
-    if dry_run:
-        click.echo(f'\n{result.card}')
-    else:
-        click.echo(result.url)
-        if result.pin_hint:
-            click.echo(result.pin_hint)
+    click.echo(f'\n{result.card}' if dry_run else result.url)

@@ -1,5 +1,4 @@
 """`timm-lfnsb reproduce`."""
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +7,6 @@ import click
 from ..errors import UserError
 from ..experiments.plan import EXPERIMENTS, Plan
 from ..experiments.plan import dry_run as print_commands
-
-OPTIONS: list[Callable[[Any], Any]] = [
-    click.argument('extra', nargs=-1, type=click.UNPROCESSED, metavar='[-- TRAIN.PY OPTIONS]'),
-    click.option('--data-dir', required=True, type=click.Path(resolve_path=True, path_type=Path),
-                 help='Folder made by prepare.'),
-    click.option('--out', required=True, type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
-                 help='Folder for runs and results; experiments that share it share their runs.'),
-    click.option('--recipe', metavar='NAME_OR_YAML', help="Settings for train.py; default: named like the data set."),
-    click.option('--epochs', type=click.IntRange(min=1), help="In place of the recipe's."),
-    click.option('--seeds', default=1, show_default=True, type=click.IntRange(min=1), help='Runs of each row.'),
-    click.option('--checkpoint', type=click.Choice(['best', 'last']), default='best', show_default=True,
-                 help='Epoch to measure: the best on the validation split, or the last.'),
-    click.option('--script', default='train.py', show_default=True,
-                 help="timm's train script: a path, or a name in the folder TIMM_SCRIPTS."),
-    click.option('--jobs', default=1, show_default=True, type=click.IntRange(min=1), help='Runs side by side.'),
-    click.option('--dry-run', is_flag=True, help='Print the commands and run nothing.'),
-]
-SUBSET = click.option(
-    '--subset', type=click.IntRange(min=1), metavar='N', help='Train on N images, a fixed stratified subset.')
-SPLIT = click.option('--split', help="Split to measure on; default: the recipe's validation split.")
-FOLDS = click.option('--folds', default=10, show_default=True, type=click.IntRange(min=2), help='Number of folds.')
 
 
 @click.group()
@@ -41,7 +19,20 @@ def reproduce() -> None:
 
 
 def _add_experiment(name: str, title: str) -> None:
-    def callback(dry_run: bool, **settings: Any) -> None:
+    @reproduce.command(name, help=f'{title}.')
+    @click.argument('extra', nargs=-1, type=click.UNPROCESSED, metavar='[-- TRAIN.PY OPTIONS]')
+    @click.option('--data-dir', required=True, type=click.Path(resolve_path=True, path_type=Path),
+                  help='Folder made by prepare.')
+    @click.option('--out', required=True, type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
+                  help='Folder for runs and results; experiments that share it share their runs.')
+    @click.option('--recipe', metavar='NAME_OR_YAML', help='Settings for train.py; default: named like the data set.')
+    @click.option('--epochs', type=click.IntRange(min=1), help="In place of the recipe's.")
+    @click.option('--seeds', default=1, show_default=True, type=click.IntRange(min=1), help='Runs of each row.')
+    @click.option('--script', default='train.py', show_default=True,
+                  help="timm's train script: a path, or a name in the folder TIMM_SCRIPTS.")
+    @click.option('--jobs', default=1, show_default=True, type=click.IntRange(min=1), help='Runs side by side.')
+    @click.option('--dry-run', is_flag=True, help='Print the commands and run nothing.')
+    def command(dry_run: bool, **settings: Any) -> None:
         from ..experiments.run import reproduce as run_experiment
         from ..experiments.tables import results_markdown
         plan = Plan(name, **settings)
@@ -54,10 +45,12 @@ def _add_experiment(name: str, title: str) -> None:
             raise UserError(f'{len(failures)} of {len(plan.runs)} runs failed, call the same command again for these.\n'
                             + '\n'.join(failures))
 
-    callback.__doc__ = f'{title}.'
-    for option in reversed([*OPTIONS, *([FOLDS] if name == 'table9' else [SUBSET, SPLIT])]):
-        callback = option(callback)
-    reproduce.command(name)(callback)
+    if name == 'table9':
+        click.option('--folds', default=10, show_default=True, type=click.IntRange(min=2))(command)
+    else:
+        click.option('--subset', type=click.IntRange(min=1), metavar='N',
+                     help='Train on N images, a fixed stratified subset.')(command)
+        click.option('--split', help="Split to measure on; default: the recipe's validation split.")(command)
 
 
 for _name, _title in EXPERIMENTS.items():

@@ -63,7 +63,6 @@ def measure(name: str, data_dir: Path, replace: bool) -> None:
 @DATA_DIR
 @click.option('--split', default='test', show_default=True, help='Folder in the data folder.')
 @click.option('--only', 'names', multiple=True, metavar='ROW', help='One row alone; may be given several times.')
-@click.option('--batch-size', default=64, show_default=True)
 @click.option('--workers', default=2, show_default=True, help='Processes that read images.')
 @click.option('--device', default='auto', show_default=True)
 def robustness(name: str, data_dir: Path, split: str, names: tuple[str, ...], **options: Any) -> None:
@@ -80,9 +79,9 @@ def robustness(name: str, data_dir: Path, split: str, names: tuple[str, ...], **
 @click.argument('folders', nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 def runs(folders: tuple[Path, ...]) -> None:
     """Print one table of the runs of train.py in FOLDERS, or of those that led to the embedded weights."""
-    from ..train.history import embedded_runs, find_runs, read_run, runs_table
+    from ..train.history import embedded_runs, read_runs, runs_table
     from ..weights.names import embedded_weights, weights_info
-    described = [read_run(run) for folder in folders for run in find_runs(folder)]
+    described = [run for folder in folders for run in read_runs(folder)]
     click.echo(runs_table(described if folders else embedded_runs(map(weights_info, embedded_weights()))))
 
 

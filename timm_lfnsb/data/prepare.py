@@ -4,21 +4,19 @@
     TARGET/class_map.txt                  label names in canonical order, for train.py --class-map
     TARGET/votes.csv                      crowd votes of each face, for train.py --label-votes, where there are any
     TARGET/dataset.json                   counts, what was dropped and why, and a checksum of the images
-
-`readers` has a reader for each data set; this is the one writer.
 """
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,8 +24,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..util.files import file_sha256, replacing
-from .readers import READERS, SPLITS, VOTE_COLUMNS
+from ..util.files import file_sha256
+from .readers import READERS, SPLITS, Faces
 
 CLASS_MAP, DESCRIPTION, VOTES = 'class_map.txt', 'dataset.json', 'votes.csv'
 
@@ -41,7 +39,7 @@ def prepare_dataset(
     Args:
         dataset: One of `READERS`.
         source: Folder with the original files.
-        target: Folder to write, absent or empty. To one that holds this very data, a missing votes.csv is added.
+        target: Folder to write, absent or empty. One that holds what would be written stays as it is.
         hard_link: Link the image files; a later edit of one changes the original too, which copies avoid.
 
     Returns:
@@ -52,24 +50,33 @@ def prepare_dataset(
         OSError: When a file is missing, or cannot be read, written or linked.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
-    if not source.is_dir():
-        raise UserError(f'{source} is not a folder.')
     if source == target or source in target.parents:
         raise UserError(f'{target} lies inside the source {source}: choose a folder outside.')
-    foreign = UserError(f'{target} already holds something else than this data: remove it or choose another folder.')
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not (target / DESCRIPTION).is_file():
-        raise foreign
     faces = READERS[dataset](source)
     if not faces.samples:
         raise UserError(f'{source} holds no images of this data set.')
-    digests: dict[str, str] = {}
-    for sample in tqdm(faces.samples, desc='checking images', disable=None):
-        if sample.path in digests:
-            raise UserError(f'the source has two images for {sample.path}: rename or remove one.')
-        content = sample.read()
-        read_grey(io.BytesIO(content), sample.source if isinstance(sample.source, Path) else sample.path)
-        digests[sample.path] = hashlib.sha256(content).hexdigest()
+    if not target.exists() or not any(target.iterdir()):
+        with building(target) as tree:
+            return _write(faces, tree, hard_link), 'is ready'
+    with TemporaryDirectory(dir=target.parent) as temporary:
+        description = _write(faces, Path(temporary), hard_link)
+        there, expected = ({path.name for path in folder.iterdir()} for folder in (target, Path(temporary)))
+        if there != expected or checksum(target) != description['sha256']:
+            raise UserError(f'{target} holds something else than this data: remove it or choose another folder.')
+    return description, 'is already prepared'
+
+
+def _write(faces: Faces, tree: Path, hard_link: bool) -> dict[str, Any]:
+    for sample in tqdm(faces.samples, desc='writing images', disable=None):
+        path = tree / sample.split / sample.label / sample.name
+        if path.exists():
+            raise UserError(f'the source has two images for {path.relative_to(tree)}: rename or remove one.')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(sample.source, bytes):
+            path.write_bytes(sample.source)
+        else:
+            (os.link if hard_link else shutil.copyfile)(sample.source.resolve(), path)
+        read_grey(path, sample.name if isinstance(sample.source, bytes) else sample.source)
     splits = {}
     for split in SPLITS:
         counts = Counter(sample.label for sample in faces.samples if sample.split == split)
@@ -78,44 +85,16 @@ def prepare_dataset(
             splits[split] = {'counts': {label: counts[label] for label in faces.label_names},
                              'total': counts.total(), 'dropped': dropped}
     description = {'name': faces.name, 'note': faces.note, 'label_names': list(faces.label_names), 'splits': splits,
-                   'sha256': checksum(digests)}
-    texts = {CLASS_MAP: '\n'.join(faces.label_names) + '\n',
+                   'sha256': checksum(tree)}
+    texts = {CLASS_MAP: '\n'.join(faces.label_names) + '\n', VOTES: faces.votes,
              DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + '\n'}
-    votes = sorted({(sample.name, *sample.votes) for sample in faces.samples if sample.votes})
-    if votes:
-        texts[VOTES] = ''.join(','.join(map(str, row)) + '\n' for row in [('file', *VOTE_COLUMNS), *votes])
-
-    if not occupied:
-        with building(target) as tree:
-            for sample in tqdm(faces.samples, desc='writing images', disable=None):
-                path = tree / sample.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if hard_link and isinstance(sample.source, Path):
-                    os.link(sample.source.resolve(), path)
-                else:
-                    path.write_bytes(sample.read())
-            for name, text in texts.items():
-                (tree / name).write_text(text, encoding='utf-8', newline='\n')
-        missing = dataset == 'ferplus' and not votes
-        return description, f'is ready, without {VOTES}: there is none in {source}' if missing else 'is ready'
-
-    found = {path.relative_to(target).as_posix(): file_sha256(path)
-             for path in target.rglob('*') if not path.is_dir()}
-    expected = {**digests, **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}}
-    add_votes = bool(votes) and VOTES not in found
-    if add_votes or not votes:  # only one of the two was made with the votes at hand
-        found.pop(VOTES, None)
-        expected.pop(VOTES, None)
-    if found != expected:
-        raise foreign
-    if not add_votes:
-        return description, 'is already prepared'
-    with replacing(target / VOTES) as path:
-        path.write_text(texts[VOTES], encoding='utf-8', newline='\n')
-    return description, f'was prepared before; {VOTES} was missing and is there now'
+    for name, text in texts.items():
+        if text:
+            (tree / name).write_text(text, encoding='utf-8', newline='\n')
+    return description
 
 
-def read_grey(file: IO[bytes] | Path, name: str | Path, size: int = 1) -> np.ndarray:
+def read_grey(file: Path, name: str | Path, size: int = 1) -> np.ndarray:
     """Decode all of an image to grey values (H, W), uint8; a JPEG may come smaller, but with sides of `size` or more.
 
     Raises:
@@ -142,16 +121,15 @@ def building(target: Path) -> Iterator[Path]:
         tree.rename(target)
 
 
-def checksum(digests: Mapping[str, str]) -> str:
-    """SHA-256 over the sorted paths of all images and their contents.
+def checksum(tree: Path) -> str:
+    """SHA-256 over the sorted paths of all images of a prepared folder and their contents.
 
     It covers split, label, file name and content of every image. The same number comes, inside the tree, from
     `find . -mindepth 3 -type f -printf '%P\\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum`.
     """
-    total = hashlib.sha256()
-    for path in sorted(digests, key=os.fsencode):
-        total.update(os.fsencode(f'{digests[path]}  {path}\n'))
-    return total.hexdigest()
+    digests = {path.relative_to(tree).as_posix(): file_sha256(path) for path in tree.glob('*/*/*')}
+    lines = ''.join(f'{digests[path]}  {path}\n' for path in sorted(digests, key=os.fsencode))
+    return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -160,34 +138,27 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: When there is none, or it is damaged.
     """
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads((Path(folder) / DESCRIPTION).read_text(encoding='utf-8'))
         if isinstance(content['sha256'], str):
             return content
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise UserError(f'{folder} has no {DESCRIPTION} that can be read: make the folder with timm-lfnsb prepare.')
 
 
-def format_description(description: Mapping[str, Any]) -> str:
-    """Format the content of dataset.json as text: what was read, a table of counts, and what was dropped."""
-    splits = description['splits']
-    rows: list[tuple[Any, ...]] = [
-        (label, *(split['counts'][label] for split in splits.values())) for label in description['label_names']]
-    rows.append(('total', *(split['total'] for split in splits.values())))
-    lines = [f"{description['name']}: {description['note']}", tabulate(rows, ['', *splits], tablefmt='plain')]
+def format_description(description: Mapping[str, Any], target: Path) -> str:
+    """Text about a prepared folder: table of counts, what was dropped, and how timm's train script reads it."""
+    names, splits = description['label_names'], description['splits']
+    columns = {name: [*split['counts'].values(), split['total']] for name, split in splits.items()}
+    lines = [f"{description['name']}: {description['note']}",
+             tabulate({'': [*names, 'total'], **columns}, headers='keys', tablefmt='plain')]
     lines += [f'{name}: dropped {count} ({reason})'
               for name, split in splits.items() for reason, count in split['dropped'].items()]
-    return '\n'.join([*lines, f"sha256 {description['sha256']}"])
-
-
-def training_hint(target: Path, description: Mapping[str, Any]) -> str:
-    """How timm's train script is to read a prepared folder."""
-    splits = description['splits']
+    # Without --val-split, timm takes the whole tree where a split 'validation' is missing.
     held_out = next((split for split in ('validation', 'test') if split in splits), None)
     if held_out is None or 'train' not in splits:
-        return 'There is no training split, or none to validate on: move some images there before you train.'
-    # Without --val-split, timm takes the whole tree where a split 'validation' is missing.
-    votes = f' --label-votes {target / VOTES}' if (target / VOTES).is_file() else ''
-    return (f"train.py reads it with --data-dir {target} --class-map {target / CLASS_MAP} "
-            f"--num-classes {len(description['label_names'])} --val-split {held_out}{votes}")
+        hint = 'There is no training split, or none to validate on: move some images there before you train.'
+    else:
+        votes = f' --label-votes {target / VOTES}' if (target / VOTES).is_file() else ''
+        hint = (f'train.py reads it with --data-dir {target} --class-map {target / CLASS_MAP} '
+                f'--num-classes {len(names)} --val-split {held_out}{votes}')
+    return '\n'.join([*lines, f"sha256 {description['sha256']}", hint])

@@ -6,12 +6,10 @@ its path SPLIT/LABEL/FILE below the data folder, with forward slashes.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -22,9 +20,6 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..util.files import write_json
 from .prepare import building, read_grey
-
-FOLD_METHOD = 1
-"""To be raised where a change here gives other folds."""
 
 # Sides of the two thumbnails and shift in pixels, and the correlations to exceed. Chosen on FER+, by eye: above 0.92
 # nearly all pairs are one photograph, below 0.9 most are two people. A wrong pair only makes two faces share a fold.
@@ -59,10 +54,9 @@ def choose_subset(images: Sequence[str], count: int, seed: int = 0) -> list[str]
         classes[image.split('/')[-2]].append(image)
     if not len(classes) <= count <= len(images):
         raise UserError(f'a subset of {count} cannot be drawn from {len(images)} images of {len(classes)} classes.')
-    exact = {label: count * len(members) / len(images) for label, members in classes.items()}
     sizes = dict.fromkeys(classes, 1)  # the rest goes, one by one, to the class that lacks most
     for _ in range(count - len(classes)):
-        sizes[max(sizes, key=lambda label: (exact[label] - sizes[label], label))] += 1
+        sizes[max(sizes, key=lambda label: (count * len(classes[label]) / len(images) - sizes[label], label))] += 1
     chosen = []
     for label, members in classes.items():
         order = np.random.default_rng([seed, len(members)]).permutation(len(members))
@@ -91,8 +85,7 @@ def write_subset(data_dir: Path, train_split: str, chosen: Sequence[str], target
 def near_identical_groups(images: Sequence[np.ndarray]) -> np.ndarray:
     """Group numbers (N,) from 0 of N grey images, uint8 (H, W): near-identical ones, and those they link, share one.
 
-    Pearson's correlation of grey values ignores brightness and contrast. All pairs are compared at 12x12, as they are
-    and mirrored; those that correlate by over 0.87 again at 32x32, shifted by up to two pixels in each direction.
+    All pairs are compared by the correlation of small thumbnails, as they are and mirrored; similar ones shifted, too.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -118,72 +111,48 @@ def near_identical_groups(images: Sequence[np.ndarray]) -> np.ndarray:
     return connected_components(coo_array((np.ones(len(pairs)), (rows, columns)), (total, total)), directed=False)[1]
 
 
-def assign_folds(labels: Sequence[str], groups: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
-    """Deal the images out to folds (N,), classes alike in each, no group in two of them.
-
-    Raises:
-        UserError: When a fold would be without images of a class.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    distinct = Counter(label for label, _ in set(zip(labels, groups.tolist(), strict=True)))
-    scarce = ', '.join(f'{count} {label}' for label, count in sorted(distinct.items()) if count < folds)
-    if scarce:
-        raise UserError(f'{folds} folds are too many: there are only {scarce} images that are not near-identical.')
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    assigned = np.full(len(labels), -1)
-    for fold, (_, members) in enumerate(splitter.split(labels, labels, groups)):
-        assigned[members] = fold
-    return assigned
-
-
-def write_folds(data_dir: Path, folds: int, target: Path, checksum: str, seed: int = 0) -> dict[str, Any]:
+def write_folds(data_dir: Path, folds: int, target: Path, checksum: str) -> None:
     """Write the images of all splits as folds of links, and for each fold a data folder that holds it out.
 
         TARGET/fold-I/LABEL/SPLIT-FILE    the images, each once
         TARGET/run-I/train/fold-J         all folds but one
         TARGET/run-I/validation           that one
-        TARGET/folds.json                 what was done, also returned
+        TARGET/folds.json                 what was done
 
-    A target with these very folds, told by the data's checksum, is left as it is.
+    Classes are alike in each fold, and near-identical images in one. A target with these very folds, told by the data's
+    checksum, is left as it is.
 
     Raises:
         UserError: When the target holds other folds, an image cannot be read, or a class has too few images.
     """
-    identity = {'data': checksum, 'folds': folds, 'seed': seed, 'method': FOLD_METHOD}
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    identity = {'data': checksum, 'folds': folds}
     if target.is_dir():
-        description = json.loads((target / 'folds.json').read_text(encoding='utf-8'))
-        if identity.items() <= description.items():
-            return description
+        if identity.items() <= json.loads((target / 'folds.json').read_text(encoding='utf-8')).items():
+            return
         raise UserError(f'{target} holds other folds: remove it or choose another folder.')
     images = list_images(data_dir)
+    labels = [image.split('/')[-2] for image in images]
     groups = near_identical_groups([read_grey(data_dir / image, data_dir / image, FINE) for image in images])
-    assigned = assign_folds([image.split('/')[-2] for image in images], groups, folds, seed)
-    sizes = np.bincount(groups)
-    counts: list[Counter[str]] = [Counter() for _ in range(folds)]
+    distinct = Counter(label for label, _ in set(zip(labels, groups.tolist(), strict=True)))
+    scarce = ', '.join(f'{count} {label}' for label, count in sorted(distinct.items()) if count < folds)
+    if scarce:
+        raise UserError(f'{folds} folds are too many: there are only {scarce} images that are not near-identical.')
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     with building(target) as tree:
-        for image, fold in zip(images, assigned, strict=True):
-            *splits, label, name = image.split('/')
-            counts[fold][label] += 1
-            _link(data_dir / image, tree / f'fold-{fold}' / label / '-'.join([*splits, name]))
+        for fold, (_, members) in enumerate(splitter.split(labels, labels, groups)):
+            for split, label, name in (images[i].split('/') for i in members):
+                _link(data_dir / split / label / name, tree / f'fold-{fold}' / label / f'{split}-{name}')
         for run in range(folds):
             for other in range(folds):
                 part = 'validation' if other == run else f'train/fold-{other}'
                 _link(Path('../' * part.count('/') + f'../fold-{other}'), tree / f'run-{run}' / part)
-        description = {
-            **identity, 'images': len(images), 'near_identical_groups': int((sizes > 1).sum()),
-            'images_in_them': int(sizes[sizes > 1].sum()), 'largest_group': int(sizes.max()),
-            'counts': [dict(sorted(count.items())) for count in counts],
-        }
-        write_json(tree / 'folds.json', description)
-    return description
+        groups_of_several = int((np.bincount(groups) > 1).sum())
+        write_json(tree / 'folds.json', {**identity, 'images': len(images), 'near_identical_groups': groups_of_several})
 
 
 def _link(source: Path, link: Path) -> None:
-    """Make a symbolic link, or a copy where the system allows none; the source is absolute or relative to the link."""
+    """Make a symbolic link, with its folders, to a path that is absolute or relative to the link."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    origin = link.parent / source
-    try:
-        link.symlink_to(source, target_is_directory=origin.is_dir())
-    except OSError:
-        (shutil.copytree if origin.is_dir() else shutil.copy2)(origin, link)
+    link.symlink_to(source, target_is_directory=(link.parent / source).is_dir())

@@ -39,23 +39,20 @@ def fit_temperature(predictions: Predictions) -> float:
         UserError: When there is none in `TEMPERATURES`: the model is right about all, or as good as guessing.
     """
     low, high = TEMPERATURES
-    # In 1 / T the likelihood has one minimum only.
-    result = minimize_scalar(
-        lambda inverse: negative_log_likelihood(predictions, 1 / inverse), bounds=(1 / high, 1 / low),
-        method='bounded', options={'xatol': 1e-5})
+    result = minimize_scalar(  # in 1 / T the likelihood has one minimum only
+        lambda x: negative_log_likelihood(predictions, 1 / x), bounds=(1 / high, 1 / low), options={'xatol': 1e-5})
     temperature = 1 / float(result.x)
     if predictions.correct.all() or not low * 1.01 < temperature < high / 1.01:
-        raise UserError(
-            f'no temperature between {low:g} and {high:g} fits these {len(predictions.labels)} predictions: take more '
-            'data, or look whether the labels are right.')
+        raise UserError(f'no temperature between {low:g} and {high:g} fits these {len(predictions.labels)} '
+                        'predictions: take more data, or look whether the labels are right.')
     return temperature
 
 
 def measure_calibration(validation: Predictions, test: Predictions) -> dict[str, Any]:
     """Fit the temperature on one split, and measure `ece` and `nll` of another without and with it (`_scaled`)."""
     temperature = fit_temperature(validation)
-    return {
-        'temperature': temperature, 'fitted_on': 'validation', 'measured_on': 'test',
-        'ece': compute_metrics(test)['ece'], 'ece_scaled': compute_metrics(scale(test, temperature))['ece'],
-        'nll': negative_log_likelihood(test), 'nll_scaled': negative_log_likelihood(test, temperature),
-    }
+    measured: dict[str, Any] = {'temperature': temperature, 'fitted_on': 'validation', 'measured_on': 'test'}
+    for end, predictions in (('', test), ('_scaled', scale(test, temperature))):
+        measured[f'ece{end}'] = compute_metrics(predictions)['ece']
+        measured[f'nll{end}'] = negative_log_likelihood(predictions)
+    return measured

@@ -1,4 +1,4 @@
-"""Figures of evaluations and of training; matplotlib figures without pyplot, so that no global state changes."""
+"""Figures of evaluations and of training, each a matplotlib Figure."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_names: Sequence[str]) -> Figure:
@@ -13,50 +14,37 @@ def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_name
     counts = np.asarray(confusion)
     totals = counts.sum(axis=1)
     size = 3 + 0.75 * len(counts)
-    figure = Figure(figsize=(size, size - 1.4), dpi=150, layout='compressed')
-    axes = figure.add_subplot(facecolor='0.92')  # what a row without images shows
-    percent = np.ma.masked_invalid(100 * counts / np.where(totals, totals, np.nan)[:, None])
-    image = axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
-    for (row, column), value in np.ma.ndenumerate(percent):
-        axes.text(column, row, f'{value:.1f}', ha='center', va='center', color='white' if value > 50 else 'black')
-    for row in np.flatnonzero(totals == 0).tolist():
-        axes.text((len(counts) - 1) / 2, row, 'no images', ha='center', va='center', color='0.4')
-    axes.set_xticks(range(len(counts)), label_names, rotation=45, ha='right', rotation_mode='anchor')
-    axes.set_yticks(range(len(counts)), [f'{name} ({n})' for name, n in zip(label_names, totals, strict=True)])
-    axes.set(xlabel='predicted', ylabel='true (number of images)')
-    figure.colorbar(image, ax=axes, label='% of the true class', shrink=0.8)
+    figure = Figure(figsize=(size, size - 1.4), dpi=150, layout='constrained')
+    rows = [f'{name} ({total})' for name, total in zip(label_names, totals, strict=True)]
+    axes = ConfusionMatrixDisplay(100 * counts / np.maximum(totals, 1)[:, None], display_labels=label_names).plot(
+        ax=figure.add_subplot(), cmap='Blues', values_format='.1f', xticks_rotation=45,
+        im_kw={'vmin': 0, 'vmax': 100}).ax_
+    axes.set(xlabel='predicted', ylabel='true (number of images), in % of the row', yticklabels=rows)
     return figure
 
 
 def reliability_figure(calibration: Sequence[Mapping[str, Any]], ece: float) -> Figure:
-    """Draw accuracy over confidence from the `calibration` of metrics, and the number of images in each bin below."""
-    figure = Figure(figsize=(7, 7.3), dpi=150, layout='constrained')
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
+    """Draw accuracy over confidence from the `calibration` of metrics, with the number of images in each bin."""
+    figure = Figure(figsize=(7, 6), dpi=150, layout='constrained')
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color='0.5', linestyle='--', label='perfect calibration')
     filled = [row for row in calibration if row['count']]
-    lows, width = [row['low'] for row in calibration], calibration[0]['high'] - calibration[0]['low']
-    upper.plot([0, 1], [0, 1], color='0.5', linestyle='--', label='perfect calibration')
-    upper.bar(lows, [row['accuracy'] or 0 for row in calibration], width, align='edge', color='tab:blue',
-              edgecolor='white', label='accuracy')
-    upper.plot([row['confidence'] for row in filled], [row['accuracy'] for row in filled], 'o', color='black',
-               markersize=4, clip_on=False, zorder=3, label='at the mean confidence of the bin')
-    upper.set(ylabel='accuracy', ylim=(0, 1.02), title=f'expected calibration error {100 * ece:.1f} %')
+    accuracies = [row['accuracy'] for row in filled]
+    bars = axes.bar([row['low'] for row in filled], accuracies, calibration[0]['high'], align='edge', edgecolor='white',
+                    label='accuracy (images)')
+    axes.bar_label(bars, [row['count'] for row in filled], padding=6)
+    axes.plot([row['confidence'] for row in filled], accuracies, 'o', color='black', markersize=4, clip_on=False,
+              label='at the mean confidence')
+    axes.set(xlim=(0, 1), ylim=(0, 1.1), xlabel='confidence (highest probability)', ylabel='accuracy',
+             title=f'expected calibration error {100 * ece:.1f} %')
     figure.legend(loc='outside lower center', ncols=3)
-    bars = lower.bar(lows, [row['count'] for row in calibration], width, align='edge', color='0.6', edgecolor='white')
-    lower.bar_label(bars, fontsize='small', padding=1)
-    lower.margins(y=0.15)
-    lower.set(xlim=(0, 1), ylabel='images', xlabel='confidence (highest probability)')
     return figure
 
 
 def loss_curves_figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
-    """Draw training and validation loss over the epochs, as in the paper's Figure 5.
+    """Draw training loss, with the Cosine-Harmony term where there is one, and validation loss: the paper's Figure 5.
 
-    The training loss of a run with the Cosine-Harmony loss includes that term; the validation loss is the cross entropy
-    of every run.
-
-    Args:
-        curves: For each kind of run its seeds, and for each seed its epochs with `epoch`, `train_loss` and perhaps
-            `eval_loss` (the columns of timm's summary.csv).
+    `curves` has for each kind of run its seeds, and for each seed its epochs as `history.read_curve` gives them.
     """
     figure = Figure(figsize=(9, 4), dpi=150, layout='constrained')
     panels = figure.subplots(1, 2)

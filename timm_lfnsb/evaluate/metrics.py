@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,30 +18,21 @@ RESAMPLES = 1000
 
 def _wilson(successes: int, trials: int) -> list[float] | None:
     """Wilson score interval of a proportion; None without trials."""
-    if not trials:
-        return None
-    return list(map(float, binomtest(int(successes), int(trials)).proportion_ci(0.95, method='wilson')))
+    return [*map(float, binomtest(successes, trials).proportion_ci(0.95, method='wilson'))] if trials else None
 
 
 def compute_metrics(predictions: Predictions) -> dict[str, Any]:
     """Compute the figures of a classifier, as a dict that JSON can hold.
 
-    Averages run over the classes that occur in the data: `balanced_accuracy` and `macro_f1` are then scikit-learn's. A
-    class that occurs but is never predicted has precision 0, one that does not occur has None throughout. `confusion`
-    has true classes in rows, predicted ones in columns.
+    Averages run over the classes that occur in the data, as in scikit-learn. A class that is never predicted has
+    precision 0, one that does not occur None throughout. `confusion` has true classes in rows.
 
-    Intervals: Wilson's score interval for accuracy, precision and recall; the same, through the Jaccard index, for F1
-    ("Wilson indirect" of arXiv 2309.14621); for the balanced accuracy the percentiles of 1000 bootstrap resamples of
-    the images within each class, with a fixed seed, which is too narrow for classes of few images. `ece` is the
-    expected calibration error of arXiv 1706.04599, equation (3). Each of its 15 bins of the highest probability,
-    (low, high], is in `calibration`, with None for accuracy and confidence where it has no images.
-
-    Raises:
-        UserError: When there are no images.
+    Intervals: Wilson's for accuracy, precision and recall; the same, through the Jaccard index, for F1 ("Wilson
+    indirect" of arXiv 2309.14621); for the balanced accuracy the percentiles of 1000 bootstrap resamples within each
+    class, with a fixed seed, too narrow for classes of few images. `ece` is the expected calibration error of arXiv
+    1706.04599, equation (3); its 15 bins (low, high] of the highest probability are in `calibration`.
     """
     total = len(predictions.labels)
-    if not total:
-        raise UserError('there are no predictions to compute metrics of.')
     names = list(predictions.label_names)
     confusion = confusion_matrix(predictions.labels, predictions.predicted, labels=range(len(names)))
     precision, recall, f1, counts = precision_recall_fscore_support(
@@ -66,14 +58,13 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     bins = np.digitize(confidence, edges[1:-1], right=True)
     calibration, ece = [], 0.
-    for i in range(CALIBRATION_BINS):
-        inside = bins == i
-        row: dict[str, Any] = {'low': float(edges[i]), 'high': float(edges[i + 1]), 'count': int(inside.sum()),
-                               'accuracy': None, 'confidence': None}
-        if row['count']:
-            row.update(accuracy=float(predictions.correct[inside].mean()), confidence=float(confidence[inside].mean()))
-            ece += row['count'] / total * abs(row['accuracy'] - row['confidence'])
-        calibration.append(row)
+    for i, (low, high) in enumerate(pairwise(edges.tolist())):
+        inside, right, sure = bins == i, None, None
+        if inside.any():
+            right, sure = float(predictions.correct[inside].mean()), float(confidence[inside].mean())
+            ece += float(inside.mean()) * abs(right - sure)
+        calibration.append(
+            {'low': low, 'high': high, 'count': int(inside.sum()), 'accuracy': right, 'confidence': sure})
     return {
         'count': total,
         'accuracy': float(hits.sum() / total),
@@ -93,16 +84,15 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
     """Compare two models, whose class orders may differ, on the same images.
 
-    `p_value` is of McNemar's exact test, two-sided, and 1 where no image is right for one model only. The interval of
-    `difference` (accuracy of the first minus that of the second) is the percentiles of 1000 paired bootstrap resamples
-    of the images, with a fixed seed.
+    `p_value` is of McNemar's exact test, two-sided. The interval of `difference`, accuracy of the first minus that of
+    the second, is the percentiles of 1000 paired bootstrap resamples of the images, with a fixed seed.
 
     Raises:
         UserError: When the images are not the same.
     """
     total = len(first.files)
-    if list(first.files) != list(second.files) or not total:
-        raise UserError('the two predictions are of different images, or of none: predict the same folder.')
+    if list(first.files) != list(second.files):
+        raise UserError('the two predictions are of different images: predict the same folder.')
     (neither, only_second), (only_first, both) = confusion_matrix(
         first.correct, second.correct, labels=[False, True]).tolist()
     discordant = only_first + only_second

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..labels import match_labels, model_label_names
-from ..models.device import to_device
-from ..models.loading import load_model
+from ..models.loading import load_model, to_device
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class _Images(ImageDataset):
                 image = file.convert(self.input_img_mode)
         except Exception as error:  # decoders raise nearly anything on broken data
             # Returned, because a data loader wraps what its workers raise in a traceback.
-            return (f'cannot read the image {path} ({type(error).__name__}): repair it, or remove it and say so where '
-                    'you report the figures.')
+            return f'cannot read the image {path} ({type(error).__name__}): repair or remove it.'
         return self.transform(image)
 
 
@@ -62,14 +60,8 @@ def _collate(items: list[Any]) -> torch.Tensor | str:
 
 
 def predict_folder(
-        model: str | nn.Module,
-        data_dir: str | Path,
-        split: str = 'test',
-        tta: str | None = None,
-        batch_size: int = 64,
-        device: str = 'auto',
-        workers: int = 2,
-        progress: bool = True,
+        model: str | nn.Module, data_dir: str | Path, split: str = 'test', tta: str | None = None, batch_size: int = 64,
+        device: str = 'auto', workers: int = 2, progress: bool = True,
         perturb: Callable[[Image.Image], Image.Image] | None = None,
 ) -> Predictions:
     """Classify the images DATA_DIR/SPLIT/LABEL/FILE.
@@ -88,11 +80,9 @@ def predict_folder(
         raise UserError(f"there is no test-time augmentation '{tta}': take 'hflip' or none.")
     if isinstance(model, str):
         model = load_model(model, inference=True)
+    to_device(model, device).eval()
     label_names = model_label_names(model)
     root = Path(data_dir) / split
-    if not root.is_dir():
-        there = ', '.join(sorted(path.name for path in Path(data_dir).glob('*') if path.is_dir())) or 'none'
-        raise UserError(f"there is no data folder {data_dir} with a split folder '{split}'; folders there: {there}.")
     config = resolve_model_data_config(model)
     transform = create_transform(**config)
     if perturb:
@@ -102,25 +92,19 @@ def predict_folder(
     try:
         images = _Images(root, input_key=';'.join(extensions), transform=transform,
                          input_img_mode='L' if config['input_size'][0] == 1 else 'RGB')
-    except RuntimeError:
-        raise UserError(f'{root} has no images; they belong into {root / "LABEL"}.') from None
+    except (AssertionError, RuntimeError):  # no folder, no images
+        there = ', '.join(sorted(path.name for path in Path(data_dir).glob('*') if path.is_dir())) or 'none'
+        raise UserError(f'there are no images in {root / "LABEL"}; folders in {data_dir}: {there}.') from None
     files = [Path(file) for file in images.filenames()]
-    if Path() in {file.parent for file in files}:
-        raise UserError(f'{root} has images outside of the label folders: move them into {root / "LABEL"}.')
     indices = match_labels(sorted({file.parent.name for file in files}), label_names)
-    to_device(model, device).eval()
     place = next(model.parameters(), torch.empty(0)).device
-
     outputs = []
     with torch.inference_mode(), tqdm(total=len(images), desc=split, unit='image', disable=not progress) as bar:
         for batch in DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate):
             if isinstance(batch, str):
                 raise UserError(batch)
-            batch = batch.to(place)
-            probabilities = model(batch).float().softmax(dim=1)
-            if tta == 'hflip':
-                probabilities = (probabilities + model(batch.flip(-1)).float().softmax(dim=1)) / 2
-            outputs.append(probabilities.cpu())
+            views = (batch, batch.flip(-1)) if tta else (batch,)
+            outputs.append(torch.stack([model(view.to(place)).float().softmax(dim=1) for view in views]).mean(0).cpu())
             bar.update(len(batch))
     probabilities = torch.cat(outputs).numpy()
     if not np.isfinite(probabilities).all():

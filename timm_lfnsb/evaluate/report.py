@@ -11,7 +11,6 @@ from tabulate import tabulate
 from timm.data import resolve_model_data_config
 
 from ..data.prepare import DESCRIPTION, read_description
-from ..errors import UserError
 from ..models.loading import load_model
 from ..util.files import replacing, write_json
 from ..version import __version__
@@ -23,13 +22,8 @@ PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', '
 
 
 def evaluate_folder(
-        model_name: str,
-        data_dir: str | Path,
-        out_dir: str | Path,
-        split: str = 'test',
-        compare: str | None = None,
-        tta: str | None = None,
-        **options: Any,
+        model_name: str, data_dir: str | Path, out_dir: str | Path, split: str = 'test', compare: str | None = None,
+        tta: str | None = None, **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Evaluate a model on DATA_DIR/SPLIT, with options as for `predict_folder`, and write the report into a folder.
 
@@ -56,15 +50,13 @@ def evaluate_folder(
     predictions = predict_folder(model, data_dir, split, tta, **options)
     comparison = None
     if other is not None:
-        try:
-            second = predict_folder(other, data_dir, split, tta, **options)
-        except UserError as error:
-            raise UserError(f'{compare}: {error}') from error
+        second = predict_folder(other, data_dir, split, tta, **options)
         comparison = {
             'first': model_name, 'second': compare,
             'accuracy_first': float(predictions.correct.mean()), 'accuracy_second': float(second.correct.mean()),
             **compare_predictions(predictions, second), **setting,
         }
+        write_json(out_dir / 'compare.json', comparison)
     metrics = {
         'model': model_name, **compute_metrics(predictions), **setting,
         'image_size': list(data_config['input_size'][1:]),
@@ -81,23 +73,20 @@ def evaluate_folder(
                          ('reliability.png', reliability_figure(metrics['calibration'], metrics['ece']))):
         with replacing(out_dir / name) as path:
             figure.savefig(path)
-    if comparison is not None:
-        write_json(out_dir / 'compare.json', comparison)
     write_json(out_dir / 'metrics.json', metrics)
     return metrics, comparison
 
 
 def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
     """Format what `evaluate_folder` returns as a table, in percent, with 95 % intervals in brackets."""
-    averages = {'accuracy': 'accuracy', 'balanced_accuracy': 'balanced accuracy', 'macro_f1': 'macro F1', 'ece': 'ECE'}
+    averages = ('accuracy', 'balanced_accuracy', 'macro_f1', 'ece')
     classes = [
         [name, figures['count'], *(percent(figures, key) for key in ('precision', 'recall', 'f1'))]
         if figures['count'] else [name, 0, 'absent from the data'] for name, figures in metrics['per_class'].items()]
     table = partial(tabulate, tablefmt='plain', disable_numparse=True)
-    tta = f", tta {metrics['tta']}" if metrics['tta'] else ''
     parts = [
-        f"{metrics['model']} on {metrics['split']}: {metrics['count']} images{tta}",
-        table([[title, percent(metrics, key)] for key, title in averages.items()]),
+        f"{metrics['model']} on {metrics['split']}: {metrics['count']} images",
+        table([[key.replace('_', ' '), percent(metrics, key)] for key in averages]),
         table(classes, ['class', 'count', 'precision', 'recall', 'F1']),
         'percent, with 95 % intervals; averages over the classes that occur',
     ]

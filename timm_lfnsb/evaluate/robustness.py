@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
@@ -21,10 +21,6 @@ from ..models.loading import load_model
 from ..util.text import markdown_table
 from .metrics import compare_predictions, compute_metrics, percent
 from .predictions import Predictions, predict_folder
-
-SKIN = (198, 134, 106)
-"""Colour in the middle of the ramp that stands in for a colour photograph."""
-SKIN_LUMINANCE = round(0.299 * SKIN[0] + 0.587 * SKIN[1] + 0.114 * SKIN[2])
 
 
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:
@@ -41,51 +37,38 @@ def _blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(min(image.size) / 48))
 
 
-def _jpeg(image: Image.Image, quality: int) -> Image.Image:
+def _jpeg(image: Image.Image) -> Image.Image:
     file = io.BytesIO()
-    image.save(file, 'JPEG', quality=quality)
-    with Image.open(file) as again:
-        return again.convert(image.mode)
+    image.save(file, 'JPEG', quality=30)
+    return Image.open(file).convert(image.mode)
 
 
 def _tint(image: Image.Image) -> Image.Image:
-    tinted = ImageOps.colorize(image.convert('L'), 'black', 'white', mid=SKIN, midpoint=SKIN_LUMINANCE)
-    return tinted.convert(image.mode)
+    skin = (198, 134, 106)  # of luminance 150
+    return ImageOps.colorize(image.convert('L'), 'black', 'white', mid=skin, midpoint=150).convert(image.mode)
 
 
-class Perturbation(NamedTuple):
-    """What is done to an image, in words and as a function from PIL image to PIL image of the same mode."""
-    what: str
-    function: Callable[[Image.Image], Image.Image]
-
-
-PERTURBATIONS = {
-    'hflip': Perturbation('mirrored left to right', ImageOps.mirror),
-    'rotate+10': Perturbation('turned by 10 degrees, counter-clockwise', partial(_rotate, degrees=10)),
-    'rotate-10': Perturbation('turned by 10 degrees, clockwise', partial(_rotate, degrees=-10)),
-    'shift-left': Perturbation('crop off by 15 % of its width: face to the left', partial(_shift, right=-0.15)),
-    'shift-right': Perturbation('crop off by 15 % of its width: face to the right', partial(_shift, right=0.15)),
-    'shift-up': Perturbation('crop off by 15 % of its height: face higher', partial(_shift, down=-0.15)),
-    'shift-down': Perturbation('crop off by 15 % of its height: face lower', partial(_shift, down=0.15)),
-    'blur': Perturbation('Gaussian blur, sigma 1/48 of the side (1 pixel of 48)', _blur),
-    'jpeg30': Perturbation('JPEG of quality 30 at the size in the file', partial(_jpeg, quality=30)),
-    'brighter': Perturbation('brightness +30 %', partial(adjust_brightness, brightness_factor=1.3)),
-    'darker': Perturbation('brightness -30 %', partial(adjust_brightness, brightness_factor=0.7)),
-    'small': Perturbation(
-        '24x24 pixels', partial(Image.Image.resize, size=(24, 24), resample=Image.Resampling.BICUBIC)),
-    'tint': Perturbation(
-        'colour instead of grey: a tint from black over a skin tone to white, luminance kept', _tint),
+PERTURBATIONS: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
+    'hflip': ('mirrored left to right', ImageOps.mirror),
+    'rotate+10': ('turned by 10 degrees, counter-clockwise', partial(_rotate, degrees=10)),
+    'rotate-10': ('turned by 10 degrees, clockwise', partial(_rotate, degrees=-10)),
+    'shift-left': ('crop off by 15 % of its width: face to the left', partial(_shift, right=-0.15)),
+    'shift-right': ('crop off by 15 % of its width: face to the right', partial(_shift, right=0.15)),
+    'shift-up': ('crop off by 15 % of its height: face higher', partial(_shift, down=-0.15)),
+    'shift-down': ('crop off by 15 % of its height: face lower', partial(_shift, down=0.15)),
+    'blur': ('Gaussian blur, sigma 1/48 of the side (1 pixel of 48)', _blur),
+    'jpeg30': ('JPEG of quality 30 at the size in the file', _jpeg),
+    'brighter': ('brightness +30 %', partial(adjust_brightness, brightness_factor=1.3)),
+    'darker': ('brightness -30 %', partial(adjust_brightness, brightness_factor=0.7)),
+    'small': ('24x24 pixels', partial(Image.Image.resize, size=(24, 24))),
+    'tint': ('colour instead of grey: a tint from black over a skin tone to white, luminance kept', _tint),
 }
-"""The rows of the robustness table, by name."""
+"""The rows of the robustness table: what is done to an image, in words and as a function to an image of its mode."""
 
 
 def measure_robustness(
-        model: str | nn.Module,
-        data_dir: str | Path,
-        split: str = 'test',
-        names: Sequence[str] = tuple(PERTURBATIONS),
-        clean: Predictions | None = None,
-        **options: Any,
+        model: str | nn.Module, data_dir: str | Path, split: str = 'test',
+        names: Sequence[str] = tuple(PERTURBATIONS), clean: Predictions | None = None, **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a model on perturbed images of one split, with arguments as for `predict_folder`.
 
@@ -94,8 +77,7 @@ def measure_robustness(
         clean: The model's predictions on the same split as it is, made here where not given.
 
     Returns:
-        A dict that JSON can hold, with `rows` by name: what `metrics` says of the perturbed images and of the
-        `difference` to the clean ones, and `agreement`, the share of the images that keep their label.
+        A dict that JSON can hold. In its `rows`, `agreement` is the share of the images that keep their label.
 
     Raises:
         UserError: See `predict_folder`; also when there is no perturbation of such a name.
@@ -108,10 +90,10 @@ def measure_robustness(
     clean = clean or predict_folder(model, data_dir, split, **options)
     rows = {}
     for name in names:
-        perturbed = predict_folder(model, data_dir, split, perturb=PERTURBATIONS[name].function, **options)
+        perturbed = predict_folder(model, data_dir, split, perturb=PERTURBATIONS[name][1], **options)
         metrics, compared = compute_metrics(perturbed), compare_predictions(perturbed, clean)
         rows[name] = {
-            'what': PERTURBATIONS[name].what,
+            'what': PERTURBATIONS[name][0],
             **{key: metrics[key] for key in ('accuracy', 'accuracy_interval')},
             **{key: compared[key] for key in ('difference', 'difference_interval')},
             'agreement': float((perturbed.predicted == clean.predicted).mean()),

@@ -3,82 +3,69 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..evaluate.figures import confusion_figure, loss_curves_figure
-from ..models.count import count_model
 from ..train.history import read_curve
-from ..util.files import replacing
+from ..util.files import read_json
 from ..util.text import markdown_table
-from .plan import EXPERIMENTS, Plan, Run, read_json
+from .plan import EXPERIMENTS, Plan, Run
 
 METRICS = ('accuracy', 'balanced_accuracy', 'macro_f1', 'ece')
 RESULTS_DIR = Path(__file__).parent.parent / 'results'
 PAPER = read_json(RESULTS_DIR / 'paper.json')
-"""Accuracies in percent that the paper prints, by experiment, row and data set."""
+"""Accuracies in percent that the paper prints, by experiment and row."""
 
 
 def collect(plan: Plan) -> dict[str, Any]:
     """Gather the results of the finished runs of an experiment."""
-    rows = []
+    paper, rows = PAPER.get(plan.experiment, {}), []
     for row in plan.rows:
         seeds = [_measurement(run) for run in plan.runs if run.row == row and run.is_finished]
-        paper = PAPER.get(plan.experiment, {}).get(row.name)
-        rows.append({'name': row.name, 'options': row.flags, **_mean_and_std(seeds), 'paper': paper, 'seeds': seeds})
-        if plan.experiment == 'table2':
-            count = count_model(row.model, num_classes=plan.options['num_classes'])
-            rows[-1].update(
-                params=count.params, macs=count.macs, input_size=list(count.input_size), paper_size=count.paper)
+        figures = {**_mean_and_std(seeds), 'paper': paper.get(row.name), 'seeds': seeds}
+        rows.append({'name': row.name, 'options': row.flags, **figures})
     done = [seed for row in rows for seed in row['seeds']]
 
     def joined(values: Iterable[Any]) -> str:
         return ' and '.join(dict.fromkeys(map(str, values)))
 
-    held_out = 'the fold held out' if plan.folds else None
-    results: dict[str, Any] = {
-        'experiment': plan.experiment,
-        'title': EXPERIMENTS[plan.experiment],
+    results = {
+        'experiment': plan.experiment, 'title': EXPERIMENTS[plan.experiment],
         'complete': len(done) == len(plan.runs),
         'recipe': {'name': plan.recipe_file.stem, 'settings': plan.recipe},
-        'epochs': plan.epochs,
-        'seeds': plan.seeds,
-        'extra': plan.extra,
+        'epochs': plan.epochs, 'seeds': plan.seeds, 'extra': plan.extra,
         'data': {
-            **plan.dataset, 'subset': plan.subset, 'folds': plan.folds,
+            'name': plan.dataset['name'], 'sha256': plan.dataset['sha256'], 'subset': plan.subset, 'folds': plan.folds,
             'train_images': round(len(plan.images) * (1 - 1 / plan.folds if plan.folds else 1)),
         },
         'measured': {
-            'split': held_out or plan.split,
+            'split': plan.measured,
             'images': sorted({seed['count'] for seed in done}),
-            'checkpoint': plan.checkpoint if plan.val_split else 'last',
-            'checkpoint_split': held_out or plan.val_split,
+            'checkpoint': 'best' if plan.val_split else 'last',
+            'checkpoint_split': plan.measured if plan.folds else plan.val_split,
         },
-        'device': joined(seed['device'] for seed in done),
+        'device': joined(seed['device'] for seed in done), 'commit': joined(seed['commit'] for seed in done),
         'versions': {key: joined(seed['versions'][key] for seed in done) for key in ('timm', 'torch', 'timm_lfnsb')},
-        'commit': joined(seed['commit'] for seed in done),
         'rows': rows,
     }
-    if plan.folds:
-        means = [row['mean'] for row in rows if row['mean']]
-        if len(means) == plan.folds:
-            best = {'mean': max(means, key=lambda mean: mean['accuracy']), 'std': None}
-            results['summary'] = [
-                {'name': name, **figures, 'paper': PAPER['table9'][name]}
-                for name, figures in (('mean of the folds', _mean_and_std(means)), ('best fold', best))]
-        results['data']['fold_images'] = read_json(plan.parts_dir / 'folds.json')
+    if plan.folds and len(done) == len(plan.runs):
+        means = [row['mean'] for row in rows]
+        best = {'mean': max(means, key=lambda mean: mean['accuracy']), 'std': None}
+        results['summary'] = [
+            {'name': name, **figures, 'paper': paper[name]}
+            for name, figures in (('mean of the folds', _mean_and_std(means)), ('best fold', best))]
     return results
 
 
 def _measurement(run: Run) -> dict[str, Any]:
-    metrics = read_json(run.report / 'metrics.json')
-    keys = [*METRICS, 'accuracy_interval', 'count']
-    keys += ['confusion', 'label_names'] if run.plan.experiment == 'figure6' else []
-    curve = {'curve': read_curve(run.last.parent)} if run.plan.experiment == 'figure5' else {}
+    metrics, curve = read_json(run.report / 'metrics.json'), run.plan.experiment == 'figure5'
+    keys = [*METRICS, 'count', *(['confusion', 'label_names'] if run.plan.experiment == 'figure6' else [])]
     return {
         'seed': run.seed, **{key: metrics[key] for key in keys}, **read_json(run.report / 'checkpoint.json'),
-        **read_json(run.folder / 'trained.json'), **curve}
+        **read_json(run.folder / 'trained.json'), **({'curve': read_curve(run.last.parent)} if curve else {})}
 
 
 def _mean_and_std(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,14 +80,10 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Draw an experiment that is a figure, once it has a row."""
     rows = [row for row in results['rows'] if row['seeds']]
     if rows and results['experiment'] == 'figure5':
-        figure = loss_curves_figure({row['name']: [seed['curve'] for seed in row['seeds']] for row in rows})
+        loss_curves_figure({row['name']: [seed['curve'] for seed in row['seeds']] for row in rows}).savefig(path)
     elif rows and results['experiment'] == 'figure6':
         seed = rows[0]['seeds'][0]
-        figure = confusion_figure(seed['confusion'], seed['label_names'])
-    else:
-        return
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format='png')
+        confusion_figure(seed['confusion'], seed['label_names']).savefig(path)
 
 
 def committed_results() -> list[Path]:
@@ -110,33 +93,26 @@ def committed_results() -> list[Path]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Read what `reproduce` has written, or say that the file is something else."""
-    results = read_json(path)
-    if not {'experiment', 'rows', 'measured', 'data'} <= set(results):
-        raise UserError(f'{path} does not hold results of timm-lfnsb reproduce.')
-    return results
+    with suppress(ValueError, TypeError):
+        results = read_json(path)
+        if {'experiment', 'rows', 'measured', 'data'} <= set(results):
+            return results
+    raise UserError(f'{path} does not hold results of timm-lfnsb reproduce.')
 
 
 def results_markdown(results: Mapping[str, Any]) -> str:
     """The results as a Markdown section: heading, table, and what it was made with."""
-    sizes = results['experiment'] == 'table2'
     rows = []
     for row in [*results['rows'], *results.get('summary', [])]:
-        cells = [row['name']]
-        if sizes:
-            paper = '{:.3f} M / {:.2f} M'.format(*row['paper_size']) if row['paper_size'] else '-'
-            cells += [f"{row['params'] / 1e6:.3f} M", f"{row['macs'] / 1e6:.1f} M", paper]
-        for key in METRICS[:3]:
-            std = f" ± {100 * row['std'][key]:.2f}" if row['std'] else ''
-            cells.append(f"{100 * row['mean'][key]:.2f}{std}" if row['mean'] else '-')
-        if len(row.get('seeds', [])) < results['seeds'] and 'seeds' in row:
-            cells[-3] += f" ({len(row['seeds'])} of {results['seeds']} runs)"
-        printed = dict(row['paper'] or {'note': '-'})
-        note = printed.pop('note', '')
-        figures = ', '.join(f'{data} {value:.2f}' for data, value in printed.items())
-        rows.append([*cells, f'{figures} ({note})' if figures and note else figures or note])
-    headers = ['', *(['parameters', 'MACs', "paper's parameters / FLOPs"] if sizes else []),
-               'accuracy', 'balanced accuracy', 'macro F1', "the paper's accuracy"]
-    return f"### {results['title']}\n\n{markdown_table(headers, rows)}\n\n{_caption(results)}"
+        cells = ['-'] * 3
+        if row['mean']:
+            std = {key: f' ± {100 * value:.2f}' for key, value in (row['std'] or {}).items()}
+            cells = [f"{100 * row['mean'][key]:.2f}{std.get(key, '')}" for key in METRICS[:3]]
+        if 'seeds' in row and len(row['seeds']) < results['seeds']:
+            cells[0] += f" ({len(row['seeds'])} of {results['seeds']} runs)"
+        rows.append([row['name'], *cells, row['paper'] or '-'])
+    table = markdown_table(['', 'accuracy', 'balanced accuracy', 'macro F1', "the paper's accuracy"], rows)
+    return f"### {results['title']}\n\n{table}\n\n{_caption(results)}"
 
 
 def _caption(results: Mapping[str, Any]) -> str:

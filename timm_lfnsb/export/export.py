@@ -23,9 +23,9 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, one_sentence
 from ..labels import model_label_names
-from ..predict.exported import INPUT_KEYS, SUFFIXES, ExportedModel, one_sentence
+from ..predict.exported import INPUT_KEYS, SUFFIXES, ExportedModel
 from ..predict.images import find_images, read_image
 from ..predict.recognizer import input_config
 from ..version import __version__

@@ -16,8 +16,8 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from ..models.cpu import FusedBottleneck
-from ..models.layers import ConvNormAct
-from ..models.networks import DirectionAttention, MixedFeatureNet, SpatialBiasHead
+from ..models.layers import ConvNormAct, DirectionAttention
+from ..models.networks import MixedFeatureNet, SpatialBiasHead
 
 RUNTIMES = ('onnxruntime', 'openvino', 'torch')  # the last: exported programs, ExecuTorch's too
 

@@ -1,7 +1,6 @@
 """Weights inside the package: put a trained run there with what was measured of it, and measure it again."""
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -35,8 +34,8 @@ def measure(name: str, data_dir: Path, robustness: Sequence[str] | None = None) 
         robustness: Rows of the robustness table, default all; each takes as long as the test split does.
 
     Returns:
-        These entries of the JSON of embedded weights: `metrics` by split, `temperature`, `calibration`, `robustness`
-        (where rows were asked for) and `measured_with`, the versions of the packages.
+        `metrics` by split, `temperature`, `calibration`, `robustness` (where rows were asked for) and `measured_with`,
+        the versions of the packages, as the JSON of embedded weights has them.
     """
     from ..evaluate.calibration import measure_calibration
     from ..evaluate.metrics import compute_metrics
@@ -52,8 +51,7 @@ def measure(name: str, data_dir: Path, robustness: Sequence[str] | None = None) 
     if rows:
         measured['robustness'] = measure_robustness(model, data_dir, names=rows, clean=predictions['test'])
     packages = ('torch', 'torchvision', 'timm', 'pillow', 'numpy')
-    measured['measured_with'] = {'timm_lfnsb': __version__, **{package: version(package) for package in packages}}
-    return measured
+    return {**measured, 'measured_with': {'timm_lfnsb': __version__, **{name: version(name) for name in packages}}}
 
 
 def compare(stored: dict[str, Any], measured: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -89,7 +87,7 @@ def verify(name: str, data_dir: Path, robustness: Sequence[str] | None = None) -
 
 
 def remeasure(name: str, data_dir: Path, replace: bool = False) -> dict[str, Any]:
-    """Measure embedded weights again and put temperature, calibration, robustness and recipes into their JSON.
+    """Measure embedded weights again and put temperature, calibration and robustness into their JSON.
 
     Returns what it holds now. Its metrics and checksum stay as they are, unless `replace` is set.
 
@@ -99,15 +97,13 @@ def remeasure(name: str, data_dir: Path, replace: bool = False) -> dict[str, Any
     info = weights_info(name) if replace else checked_info(name)
     if read_description(data_dir)['sha256'] != info['data']['sha256']:
         raise UserError(f'{data_dir} is not the data of {name}: its dataset.json has another checksum.')
-    checksum = file_sha256(WEIGHTS_DIR / f'{name}.safetensors')
     measured = measure(name, data_dir)
     if not replace:
         _, wrong = compare(info, {'metrics': measured['metrics']})
         if wrong:
             raise UserError(f'{name} {"; ".join(wrong)}: find out why first.')
         measured['metrics'] = info['metrics']
-    runs = [{**run, **find_recipe(run['settings'])} for run in info['runs']]
-    info |= {'sha256': checksum, 'runs': runs, **measured}
+    info |= {'sha256': file_sha256(WEIGHTS_DIR / f'{name}.safetensors'), **measured}
     write_json(WEIGHTS_DIR / f'{name}.json', info)
     return info
 
@@ -132,8 +128,7 @@ def ship(
     Args:
         name: 'ARCH.TAG', for instance 'lfnsb.ferplus'.
         runs: Folders of the runs of train.py that led to the weights, in order, each started from the one before.
-        data_dir: Prepared data folder with dataset.json.
-        robustness: See `measure`.
+        data_dir, robustness: See `measure`.
         notes: Sentences for the card that no figure tells, for instance how the weights were chosen.
         after: The embedded weights that the first run started from, whose runs become part of the record.
 
@@ -156,15 +151,11 @@ def ship(
         pack(runs[-1], full)
         stored, exact = (
             predict_folder(f'local-dir:{folder}', data_dir, split='test').predicted for folder in (half, full))
-        config = json.loads((half / 'config.json').read_text(encoding='utf-8'))
         info = {
             'model': name, 'sha256': file_sha256(half / 'model.safetensors'), 'label_names': packed['label_names'],
-            'input_size': config['pretrained_cfg']['input_size'], 'data': data, 'commit': git_commit(),
-            'ema': packed['ema'], 'runs': described, 'notes': list(notes),
-            'half_precision_changes': int((stored != exact).sum()),
-            **measure(f'local-dir:{half}', data_dir, robustness),
-        }
-        write_json(Path(temporary) / 'info.json', info)
+            'input_size': list(packed['input_size']), 'data': data, 'commit': git_commit(), 'ema': packed['ema'],
+            'runs': described, 'notes': list(notes), 'half_precision_changes': int((stored != exact).sum()),
+            **measure(f'local-dir:{half}', data_dir, robustness)}
         os.replace(half / 'model.safetensors', WEIGHTS_DIR / f'{name}.safetensors')
-        os.replace(Path(temporary) / 'info.json', WEIGHTS_DIR / f'{name}.json')
+        write_json(WEIGHTS_DIR / f'{name}.json', info)
     return info

@@ -49,10 +49,9 @@ class CosineHarmonyLoss(nn.Module):
     * ``'paper'``: alpha * intra / var + (1 - alpha) * inter. Equation (6) as printed; minimising it pulls features
       toward wrong centers. var is biased.
 
-    The last two drive the features of all classes into one direction: opposite to all centers, their own too
-    ('intended': the pull to it is divided by the variance, which grows meanwhile), or that of all centers ('paper').
-    With 'reference' centers that begin nearly orthogonal keep classes apart; nothing but the classification loss holds
-    learned centers apart, though. A batch of one has no variance: its intra-class term is not divided.
+    The last two drive the features of all classes into one direction: opposite to all centers ('intended': the pull to
+    a feature's own is divided by the variance, which grows meanwhile), or that of all centers ('paper'). With
+    'reference' only the classification loss holds learned centers apart. In a batch of one intra is not divided.
 
     Args:
         num_classes: Number of classes C, at least 2.
@@ -73,9 +72,9 @@ class CosineHarmonyLoss(nn.Module):
             self, num_classes: int, feat_dim: int, alpha: float = 0.1, variant: str = 'reference',
             learn_centers: bool = True):
         super().__init__()
-        for count, what in ((num_classes, 'classes'), (feat_dim, 'values of a feature')):
-            if count < 2:
-                raise ValueError(f'CosineHarmonyLoss needs at least 2 {what}, got {count}.')
+        if min(num_classes, feat_dim) < 2:
+            raise ValueError('CosineHarmonyLoss needs at least 2 classes and 2 values of a feature, got '
+                             f'{num_classes} and {feat_dim}.')
         if not 0 <= alpha <= 1:
             raise ValueError(f'CosineHarmonyLoss needs alpha in [0, 1], got {alpha}.')
         if variant not in VARIANTS:
@@ -90,27 +89,19 @@ class CosineHarmonyLoss(nn.Module):
         else:
             self.register_buffer('centers', centers)
 
-    def extra_repr(self) -> str:
-        return (f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, alpha={self.alpha}, '
-                f'variant={self.variant!r}, learn_centers={isinstance(self.centers, nn.Parameter)}')
-
     def _target_probabilities(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if features.ndim != 2 or features.shape[1] != self.feat_dim or features.shape[0] == 0:
-            raise ValueError(
-                f'CosineHarmonyLoss expects features of shape (N, {self.feat_dim}), got {tuple(features.shape)}.')
         soft = target.is_floating_point()
-        expected = (features.shape[0], self.num_classes) if soft else (features.shape[0],)
-        if target.shape != expected:
-            kind = f'soft targets of shape {expected}' if soft else f'{features.shape[0]} class indices'
-            raise ValueError(f'CosineHarmonyLoss expects {kind}, got a target of shape {tuple(target.shape)}.')
+        expected = (len(features), self.num_classes) if soft else (len(features),)
+        if features.shape != (max(1, len(features)), self.feat_dim) or target.shape != expected:
+            raise ValueError(
+                f'CosineHarmonyLoss expects features of shape (N, {self.feat_dim}) and targets of shape '
+                f'(N,) or (N, {self.num_classes}), got {tuple(features.shape)} and {tuple(target.shape)}.')
         if soft:
             return target.to(features.dtype)
         # Reading values would break the graph of torch.compile.
-        if not torch.compiler.is_compiling():
-            low, high = int(target.min()), int(target.max())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f'CosineHarmonyLoss has classes 0 to {self.num_classes - 1}, got labels from {low} to {high}.')
+        if not torch.compiler.is_compiling() and not ((target >= 0) & (target < self.num_classes)).all():
+            raise ValueError(f'CosineHarmonyLoss has classes 0 to {self.num_classes - 1}, got labels from '
+                             f'{target.min()} to {target.max()}.')
         classes = torch.arange(self.num_classes, device=target.device)
         return (target[:, None] == classes).to(features.dtype)
 

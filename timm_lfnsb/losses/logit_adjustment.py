@@ -14,8 +14,7 @@ def prior_logits(counts: torch.Tensor, tau: float) -> torch.Tensor:
 class LogitAdjustment(nn.Module):
     """A classification loss of logits + tau log(prior): Menon et al. 2021, arXiv 2007.07314, equation (10).
 
-    The network that minimises it answers as if all classes were equally frequent for tau 1; with smaller tau it lies
-    between that and plain training. In use nothing is added: the prior is part of the training loss alone.
+    The network that minimises it answers as if all classes were equally frequent for tau 1. In use nothing is added.
     `criterion` is a loss of logits (N, C) and targets, `adjustment` (C,) is what `prior_logits` returns.
     """
 

@@ -1,21 +1,18 @@
-"""Count parameters and multiply-accumulates with fvcore, whole and per stage.
-
-fvcore calls its figure flops; it counts multiply-accumulates (MACs), and so does this module's output say.
-"""
+"""Count parameters and multiply-accumulates with fvcore, which calls them flops, whole and per stage."""
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from ..errors import UserError
+from ..errors import one_sentence
 
-# Table 2 of the paper: parameters and "FLOPs" in millions. The MFN and MobileFaceNet rows are quoted there from the
-# DDAMFN paper, made with a tool nobody names; they do not match fvcore's count to the digit.
+# Parameters and "FLOPs" in millions, as Table 2 of the paper prints them.
 PAPER_TABLE_2: dict[str, tuple[float, float]] = {
     'lfnsb': (2.676, 397.35),
     'mfn': (3.973, 550.74),
@@ -39,15 +36,6 @@ class Count:
     stages: dict[str, tuple[int, int]]
     uncounted: dict[str, int]
 
-    @property
-    def paper(self) -> tuple[float, float] | None:
-        """Parameters and "FLOPs" in millions as the paper's Table 2 prints them, where it has the model."""
-        return PAPER_TABLE_2.get(self.model.split('.')[0])
-
-    def as_dict(self) -> dict[str, Any]:
-        params, flops = self.paper or (None, None)
-        return dict(asdict(self), paper_params_millions=params, paper_flops_millions=flops)
-
 
 def _count_pool(inputs: list[Any], outputs: list[Any]) -> int:
     """One operation per input value, as fvcore counts its adaptive average pool, however the pool is written."""
@@ -66,10 +54,8 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
         UserError: When there is no such model.
     """
     if model is None:
-        try:
+        with one_sentence(f'cannot create the model {name}'):
             model = timm.create_model(name, pretrained=False, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f'cannot create the model {name}: {error}') from error
     model = model.eval()
     input_size = tuple(timm.data.resolve_model_data_config(model)['input_size'])
     analysis = FlopCountAnalysis(model, torch.zeros(1, *input_size))
@@ -78,28 +64,18 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
 
     by_module = analysis.by_module()
     modules = dict(model.named_modules())
-    parts = [part for part in ('stem', 'stages.0', 'stages.1', 'stages.2', 'head', 'fc') if part in modules]
-    if 'stem' not in modules:  # not one of ours: its top-level children
-        parts = [part for part, _ in model.named_children()]
-    stages = {
-        part: (sum(p.numel() for p in modules[part].parameters()), int(by_module[part])) for part in parts
-    }
+    parts = [part for part in modules if re.fullmatch(r'stages\.\d|(?!stages$|head_drop$)\w+', part)]
+    params = {part: sum(p.numel() for p in modules[part].parameters()) for part in ('', *parts)}
     return Count(
-        model=name,
-        input_size=input_size,
-        num_classes=model.num_classes,
-        params=sum(p.numel() for p in model.parameters()),
-        macs=int(analysis.total()),
-        stages=stages,
-        uncounted=dict(analysis.unsupported_ops().most_common()),
-    )
+        name, input_size, model.num_classes, params[''], int(analysis.total()),
+        {part: (params[part], int(by_module[part])) for part in parts}, dict(analysis.unsupported_ops().most_common()))
 
 
 def format_counts(counts: list[Count]) -> str:
     """The counts as a table for a terminal, beside the paper's Table 2."""
     lines = [f'{"model":<24} {"params":>10} {"MACs":>10}   paper: {"params":>9} {"FLOPs":>10}']
     for count in counts:
-        paper = count.paper
+        paper = PAPER_TABLE_2.get(count.model.split('.')[0])
         printed = f'{paper[0]:>15.3f} M {paper[1]:>8.2f} M' if paper else f'{"-":>17} {"-":>10}'
         lines.append(f'{count.model:<24} {count.params / 1e6:>8.3f} M {count.macs / 1e6:>8.1f} M {printed}')
         for stage, (params, macs) in count.stages.items():

@@ -1,7 +1,7 @@
 """What is written for speed on a CPU, and computes what the plain form beside it computes.
 
 Training: gradients of PReLU, strip means and gates as a few operators over whole maps. Inference: a mixed bottleneck as
-one module (`fuse_bottleneck`). Compilers, exporters and other devices get the plain operators.
+one module (`FusedBottleneck`). Compilers, exporters and other devices get the plain operators.
 `timm_lfnsb/results/speed.md` has the measurements.
 """
 from __future__ import annotations
@@ -12,11 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PART_BYTES = 8_000_000
-"""Size of the widest map of a part of a large batch, so that it stays in the cache."""
-
-FEW_POSITIONS = 1024
-"""Positions up to which a linear layer is faster than a 1x1 convolution, which prepares its weights first."""
+PART_BYTES = 8_000_000  # of the widest map of a part of a large batch, which stays in the cache then
+FEW_POSITIONS = 1024  # up to which a linear layer is faster than a 1x1 convolution, which prepares its weights first
 
 
 def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:
@@ -40,20 +37,12 @@ def spatial_size(x: torch.Tensor) -> tuple[int, int]:
     return height, width
 
 
-def _eager_on_cpu(x: torch.Tensor) -> bool:
-    """Whether operators run one by one on a CPU: nobody traces, compiles or exports them."""
+def _eager_on_cpu(x: torch.Tensor, training: bool) -> bool:
+    """Whether operators run one by one on a CPU, with gradients or without: nobody traces, compiles or exports them."""
     return (
-        type(x) is torch.Tensor and x.device.type == 'cpu'
+        type(x) is torch.Tensor and x.device.type == 'cpu' and torch.is_grad_enabled() == training
         and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
     )
-
-
-def _eager_training_on_cpu(x: torch.Tensor) -> bool:
-    return _eager_on_cpu(x) and torch.is_grad_enabled()
-
-
-def _eager_inference_on_cpu(x: torch.Tensor) -> bool:
-    return _eager_on_cpu(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu')
 
 
 # Gradients are computed in place, unless somebody wants second derivatives, which that would spoil.
@@ -90,7 +79,7 @@ class _PReLUFunction(torch.autograd.Function):
 def prelu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """PReLU of maps (B, C, H, W) with one slope a channel."""
     if not torch.jit.is_scripting():
-        if _eager_training_on_cpu(x):
+        if _eager_on_cpu(x, training=True):
             return _PReLUFunction.apply(x, weight.to(x.dtype))
     return F.prelu(x, weight)
 
@@ -117,7 +106,7 @@ class _StripsFunction(torch.autograd.Function):
 def strip_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of each row (B, C, H, 1) and of each column (B, C, 1, W), by plain pools, which runtimes prefer."""
     if not torch.jit.is_scripting():
-        if _eager_training_on_cpu(x):
+        if _eager_on_cpu(x, training=True):
             return _StripsFunction.apply(x)
     height, width = spatial_size(x)
     return F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))
@@ -149,7 +138,7 @@ class _GateFunction(torch.autograd.Function):
 def apply_gates(x: torch.Tensor, gate_h: torch.Tensor, gate_w: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) times (B, C, H, 1) times (B, C, 1, W)."""
     if not torch.jit.is_scripting():
-        if _eager_training_on_cpu(x):
+        if _eager_on_cpu(x, training=True):
             return _GateFunction.apply(x, gate_h, gate_w)
     return (x * gate_h).mul_(gate_w)
 
@@ -192,7 +181,7 @@ class FusedBottleneck(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fast, few = False, False  # whether nobody asks for gradients, and whether positions are few
         if not torch.jit.is_scripting():
-            if _eager_inference_on_cpu(x):
+            if _eager_on_cpu(x, training=False) and not torch.is_autocast_enabled('cpu'):
                 batch, _, height, width = x.shape
                 if batch > 1 and batch * self.mid_chs * height * width * x.element_size() > PART_BYTES:
                     count = max(1, PART_BYTES // (self.mid_chs * height * width * x.element_size()))
@@ -209,28 +198,3 @@ class FusedBottleneck(nn.Module):
         y = y.mul_(gate_h).mul_(gate_w) if fast else y * gate_h * gate_w
         y = _pointwise(y, self.project_weight, self.project_bias, few)
         return y.add_(x) if self.residual else y
-
-
-_PARTS = [
-    'MixedBottleneck', 'ConvNormAct', 'Conv2d', 'PReLU', 'MixedDepthwiseConv', 'ModuleList', 'Conv2d',
-    'CoordAttn', 'Conv2d', 'Identity', 'Hardswish', 'Conv2d', 'Conv2d', 'ConvNormAct', 'Conv2d',
-]
-
-
-def fuse_bottleneck(block: nn.Module) -> nn.Module:
-    """A mixed bottleneck, its norms folded, as a `FusedBottleneck`; as it is, where somebody put other parts in it."""
-    if [type(module).__name__ for module in block.modules()] != _PARTS:
-        return block
-    expand, conv_dw, *others = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
-    plain = all(
-        str(conv) == str(nn.Conv2d(conv.in_channels, conv.out_channels, 1, device='meta'))
-        for conv in (expand, *others))
-    return FusedBottleneck(block) if plain and is_depthwise(conv_dw, conv_dw.stride) else block
-
-
-def is_depthwise(conv: nn.Module, stride: Any) -> bool:
-    """Whether a convolution is depthwise with padding k // 2 and nothing else, such as dilation or a bias."""
-    if not isinstance(conv, nn.Conv2d):
-        return False
-    chs, kernel = conv.out_channels, conv.kernel_size[0]
-    return str(conv) == str(nn.Conv2d(chs, chs, kernel, stride, kernel // 2, groups=chs, bias=False, device='meta'))

@@ -12,83 +12,51 @@ import torch.nn.functional as F
 from timm.models.repvit import RepVggDw as TimmRepVggDw
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .cpu import apply_gates, channels_last_on_cpu, is_depthwise, prelu, strip_means
+from .cpu import apply_gates, channels_last_on_cpu, prelu, strip_means
 
 # For fx these are single operators: it cannot follow what they choose by, and knows them only by their names here.
 for _name in ('apply_gates', 'channels_last_on_cpu', 'prelu', 'strip_means'):
     torch.fx.wrap(_name)
 
-# The depthwise convolution of a bottleneck: kernel size -> number of channels it filters.
-Mix = dict[int, int]
+Mix = dict[int, int]  # the depthwise convolution of a bottleneck: kernel size -> number of channels it filters
 
 
 @torch.no_grad()
 def fold_norm(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> bool:
-    """Fold a batch norm into the convolution or linear layer before it, in place.
-
-    The running statistics are used, whatever mode the norm is in. Computed in double precision, stored in the
-    layer's.
-
-    Returns:
-        Whether it was folded: something without running statistics is left as it is.
-    """
-    mean, var = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
-    if mean is None or var is None:
+    """Fold a batch norm, by its running statistics, into the layer before it; without them say False."""
+    if getattr(norm, 'running_var', None) is None:
         return False
-
-    def double(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.double()
-
-    weight, bias = fuse_conv_bn_weights(
-        double(layer.weight), double(layer.bias), double(mean), double(var), norm.eps,  # type: ignore[arg-type]
-        double(getattr(norm, 'weight', None)), double(getattr(norm, 'bias', None)))
-    dtype, requires_grad = layer.weight.dtype, layer.weight.requires_grad
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad)
+    layer.weight, layer.bias = fuse_conv_bn_weights(
+        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps,  # type: ignore[arg-type]
+        getattr(norm, 'weight', None), getattr(norm, 'bias', None))
     return True
 
 
 class PReLU(nn.PReLU):
     """nn.PReLU with one slope a channel and a faster gradient on the CPU."""
 
-    def __init__(self, chs: int, device=None, dtype=None):
-        super().__init__(chs, device=device, dtype=dtype)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return prelu(x, self.weight)
 
 
-class ConvNorm(nn.Sequential):
-    """Convolution without bias (padding k // 2 unless given) and batch norm, then what a subclass adds."""
+class ConvNormAct(nn.Sequential):
+    """Convolution without bias (padding k // 2), batch norm, and PReLU per channel where `act` is set."""
 
     def __init__(
-            self, in_chs: int, out_chs: int, kernel_size: int | tuple[int, int] = 1, stride: int = 1,
-            padding: int | None = None, groups: int = 1, device=None, dtype=None,
+            self, in_chs: int, out_chs: int, kernel_size: int | tuple[int, int] = 1, stride: int = 1, groups: int = 1,
+            act: bool = True, device=None, dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if padding is None:
-            assert isinstance(kernel_size, int)
-            padding = kernel_size // 2
+        padding = kernel_size // 2 if isinstance(kernel_size, int) else 0
         self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **dd)
+        if act:
+            self.act = PReLU(out_chs, **dd)
 
     def reparameterize(self) -> None:
         if hasattr(self, 'bn') and fold_norm(self.conv, self.bn):
             del self.bn
-
-
-class ConvNormAct(ConvNorm):
-    """Convolution without bias (padding k // 2), batch norm, and PReLU per channel where `act` is set."""
-
-    def __init__(
-            self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, act: bool = True,
-            device=None, dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(in_chs, out_chs, kernel_size, stride, groups=groups, **dd)
-        if act:
-            self.act = PReLU(out_chs, **dd)
 
 
 class StemConv(ConvNormAct):
@@ -101,7 +69,27 @@ class StemConv(ConvNormAct):
         return channels_last_on_cpu(x)  # one grey channel is in both orders at once, and the convolution took NCHW
 
 
-class MixedDepthwiseConv(nn.Module):
+class GDConv(ConvNormAct):
+    """Linear depthwise convolution (GDConv) over whole maps, rows or columns, and batch norm.
+
+    (B, C, H, W) -> (B, C, 1, 1) with `kernel_size` (H, W), (B, C, H, 1) with (1, W), (B, C, 1, W) with (H, 1).
+    """
+
+    def __init__(self, chs: int, kernel_size: tuple[int, int], device=None, dtype=None):
+        super().__init__(chs, chs, kernel_size, groups=chs, act=False, device=device, dtype=dtype)
+        self.height, self.width = kernel_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # It has a weight for each position: say so rather than let shapes clash further on.
+        message = 'the head is built for another image size than this: pass img_size to create_model.'
+        torch._assert(self.height == 1 or x.shape[-2] == self.height, message)
+        torch._assert(self.width == 1 or x.shape[-1] == self.width, message)
+        for module in self:
+            x = module(x)
+        return x
+
+
+class MixConv(nn.Module):
     """Depthwise convolution whose channel groups have kernels of different sizes (MixConv), no norm, no activation."""
 
     def __init__(self, mix: Mix, stride: int = 1, device=None, dtype=None):
@@ -113,6 +101,7 @@ class MixedDepthwiseConv(nn.Module):
             nn.Conv2d(chs, chs, kernel, stride, kernel // 2, groups=chs, bias=False, **dd)
             for kernel, chs in mix.items()
         ])
+        self.as_built = str(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.splits) == 1:
@@ -126,15 +115,13 @@ class MixedDepthwiseConv(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Make it one convolution of the largest kernel, the smaller ones padded with zeros."""
-        if len(self.splits) == 1 or not all(is_depthwise(conv, self.stride) for conv in self.convs):
-            return
+        if len(self.splits) == 1 or str(self) != self.as_built:
+            return  # nothing to merge, or somebody put other convolutions in
         convs = [conv for conv in self.convs if isinstance(conv, nn.Conv2d)]
         kernel, chs = max(conv.kernel_size[0] for conv in convs), sum(self.splits)
-        weight = torch.cat([F.pad(conv.weight, 4 * [(kernel - conv.kernel_size[0]) // 2]) for conv in convs])
-        merged = nn.Conv2d(
-            chs, chs, kernel, self.stride, kernel // 2, groups=chs, bias=False,
-            device=weight.device, dtype=weight.dtype)
-        merged.weight = nn.Parameter(weight, convs[0].weight.requires_grad)
+        padded = [F.pad(conv.weight, 4 * [(kernel - conv.kernel_size[0]) // 2]) for conv in convs]
+        merged = nn.Conv2d(chs, chs, kernel, self.stride, kernel // 2, groups=chs, bias=False, device='meta')
+        merged.weight = nn.Parameter(torch.cat(padded), convs[0].weight.requires_grad)
         self.splits = [chs]
         self.convs = nn.ModuleList([merged])
 
@@ -178,18 +165,23 @@ class CoordAttn(StripGates):
         return apply_gates(x, gate_h, gate_w)
 
 
+class DirectionAttention(StripGates):
+    """One direction-aware attention map of DDAMFN: coordinate attention with learned linear strips as pools."""
+
+    def __init__(self, chs: int, map_size: tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(chs, max(8, chs // 32), **dd)
+        self.strip_h = GDConv(chs, (1, map_size[1]), **dd)
+        self.strip_w = GDConv(chs, (map_size[0], 1), **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_h, gate_w = self.gates(self.strip_h(x), self.strip_w(x))
+        return gate_h * gate_w
+
+
 class RepVggDw(TimmRepVggDw):
-    """timm's RepVGGDW, fused in double precision and to the dtype of the network."""
+    """timm's RepVGGDW, fused to the dtype of the network."""
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        conv, norm, pointwise, last_norm = (
-            copy.deepcopy(module) for module in (*self.conv.children(), self.conv1, self.bn))
-        assert isinstance(conv, nn.Conv2d) and isinstance(pointwise, nn.Conv2d)
-        dtype, middle = conv.weight.dtype, conv.kernel_size[0] // 2
-        if not fold_norm(conv.double(), norm):
-            return self
-        assert conv.bias is not None and pointwise.bias is not None
-        conv.weight[:, :, middle, middle] += pointwise.weight[:, :, 0, 0].double() + 1
-        conv.bias += pointwise.bias.double()
-        return conv.to(dtype) if fold_norm(conv, last_norm) else self
+        return TimmRepVggDw.fuse(copy.deepcopy(self).float()).to(self.conv1.weight.dtype)

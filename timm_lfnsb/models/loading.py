@@ -1,14 +1,14 @@
-"""Models by name, with their weights."""
+"""Models by name, with their weights, on their device."""
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import shorten
 
 import timm
+import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..errors import UserError
+from ..errors import one_sentence
 from ..weights.fetch import fetch_model, fetch_weights
 from ..weights.names import HUB_ORG, HUB_REVISIONS
 from .networks import MixedFeatureNet
@@ -29,13 +29,8 @@ def load_model(name: str, inference: bool = False, cache_dir: str | Path | None 
     Raises:
         UserError: When there is no such model, it has no weights, or they cannot be had or must not be loaded.
     """
-    try:
+    with one_sentence(f'cannot load the model {name}'):
         model = _create_model(name, cache_dir)
-    except UserError:
-        raise
-    except Exception as error:  # registry, configs and file formats each raise types of their own
-        reason = shorten(str(error), 300, placeholder=' ...') or type(error).__name__
-        raise UserError(f"cannot load the model {name}: {reason.rstrip('.')}.") from error
     if not inference:
         return model
     model.eval()
@@ -51,6 +46,18 @@ def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
     if org == HUB_ORG and weights in HUB_REVISIONS:
         path = fetch_weights(weights, revision or None, cache_dir)
         return timm.create_model(weights, pretrained=True, pretrained_cfg_overlay={'file': str(path)})
-    commit = fetch_model(repo_id, revision or None, cache_dir)
-    # The files of this commit are in the cache, so nothing is asked or fetched any more.
-    return timm.create_model(f'hf-hub:{repo_id}@{commit}', pretrained=True, cache_dir=cache_dir)
+    folder = fetch_model(repo_id, revision or None, cache_dir)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Module:
+    """Move a model to a torch device; 'auto' is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: When there is no such device.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    with one_sentence(f"cannot use the device '{device}'"):
+        model = model.to(device)
+    return model

@@ -17,38 +17,45 @@ RepVGGDW - https://arxiv.org/abs/2307.09283; Spatial Bias - https://doi.org/10.1
 Where the papers and the authors' released code disagree, these networks follow the released code, which is what
 gives the published parameter counts; results/paper.md lists the differences.
 """
-from typing import Any, Dict, Iterable, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, checkpoint_seq, clean_state_dict, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..weights.fetch import prefer_hub
-from ..weights.names import HUB_REVISIONS, INPUT_SIZES, WEIGHTS_DIR, hub_id
-from .cpu import fuse_bottleneck, spatial_size
-from .layers import ConvNorm, ConvNormAct, CoordAttn, Mix, MixedDepthwiseConv, RepVggDw, StemConv, StripGates, fold_norm
-from .released_keys import is_released, rename_keys
+from ..weights.names import HUB_REVISIONS, WEIGHTS_DIR, hub_id
+from .checkpoint_keys import checkpoint_filter_fn
+from .cpu import FusedBottleneck, spatial_size
+from .layers import ConvNormAct, CoordAttn, DirectionAttention, GDConv, Mix, MixConv, RepVggDw, StemConv, fold_norm
 
 __all__ = ['MixedFeatureNet']
 
 
-class MixedBottleneck(nn.Module):
-    """Expand 1x1, mixed depthwise convolutions, coordinate attention, project 1x1; residual at stride 1."""
+class Bottleneck(nn.Module):
+    """Expand 1x1, depthwise convolution, coordinate attention, project 1x1; residual at stride 1.
 
-    def __init__(self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, device=None, dtype=None):
+    Where `mixed`, the depthwise convolution has kernels of several sizes. MobileFaceNet's own has one, norm and PReLU
+    behind it, and no attention.
+    """
+
+    def __init__(
+            self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, mixed: bool = True, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         mid_chs = sum(mix.values())
-        self.residual = stride == 1
+        self.mixed, self.residual = mixed, stride == 1
         self.expand = ConvNormAct(in_chs, mid_chs, **dd)
-        self.conv_dw = MixedDepthwiseConv(mix, stride, **dd)
-        self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd)
+        self.conv_dw = MixConv(mix, stride, **dd) if mixed else ConvNormAct(
+            mid_chs, mid_chs, max(mix), stride, groups=mid_chs, **dd)
+        self.attn = CoordAttn(mid_chs, max(8, mid_chs // 32), **dd) if mixed else nn.Identity()
         self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
+        self.as_built = str(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -59,44 +66,12 @@ class MixedBottleneck(nn.Module):
         return x + shortcut if self.residual else x
 
     def fuse(self) -> nn.Module:
-        for part in (self.expand, self.conv_dw, self.attn, self.project):
+        """A mixed block as one module of bare parameters, unless somebody put other parts into it."""
+        plain = str(self) == self.as_built
+        for part in self.children():
             if hasattr(part, 'reparameterize'):
-                part.reparameterize()
-        return fuse_bottleneck(self)
-
-
-class PlainBottleneck(nn.Module):
-    """MobileFaceNet's bottleneck: expand 1x1, one depthwise convolution with norm and PReLU, project 1x1."""
-
-    def __init__(self, in_chs: int, out_chs: int, mix: Mix, stride: int = 1, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        (kernel_size, mid_chs), = mix.items()
-        self.residual = stride == 1
-        self.expand = ConvNormAct(in_chs, mid_chs, **dd)
-        self.conv_dw = ConvNormAct(mid_chs, mid_chs, kernel_size, stride, groups=mid_chs, **dd)
-        self.project = ConvNormAct(mid_chs, out_chs, act=False, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x
-        x = self.expand(x)
-        x = self.conv_dw(x)
-        x = self.project(x)
-        return x + shortcut if self.residual else x
-
-
-class GlobalDepthwiseConv(ConvNorm):
-    """Linear depthwise convolution over the whole map (GDConv) and batch norm: (B, C, H, W) -> (B, C, 1, 1)."""
-
-    def __init__(self, chs: int, map_size: Tuple[int, int], device=None, dtype=None):
-        super().__init__(chs, chs, map_size, padding=0, groups=chs, device=device, dtype=dtype)
-
-
-def _assert_map_size(x: torch.Tensor, height: int, width: int) -> None:
-    """A GDConv has one weight a position: say so rather than let shapes clash further on."""
-    message = 'the head is built for another image size than this: pass img_size to create_model.'
-    torch._assert(x.shape[-2] == height, message)
-    torch._assert(x.shape[-1] == width, message)
+                part.reparameterize()  # type: ignore[operator]
+        return FusedBottleneck(self) if self.mixed and plain else self
 
 
 class EmbeddingHead(nn.Module):
@@ -105,15 +80,12 @@ class EmbeddingHead(nn.Module):
     def __init__(self, in_chs: int, embed_dim: int, map_size: Tuple[int, int], device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.map_height, self.map_width = map_size
-        self.gdconv = GlobalDepthwiseConv(in_chs, map_size, **dd)
-        self.flatten = nn.Flatten(1)
+        self.gdconv = GDConv(in_chs, map_size, **dd)
         self.linear = nn.Linear(in_chs, embed_dim, bias=False, **dd)
         self.bn = nn.BatchNorm1d(embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _assert_map_size(x, self.map_height, self.map_width)
-        return self.bn(self.linear(self.flatten(self.gdconv(x))))
+        return self.bn(self.linear(self.gdconv(x).flatten(1)))
 
     def reparameterize(self) -> None:
         if fold_norm(self.linear, self.bn):
@@ -131,12 +103,11 @@ class SpatialBiasHead(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         reduced_chs = embed_dim // 4 + 2  # the unpadded kernel of 3 takes two entries off again
-        self.reduce = ConvNorm(in_chs, reduced_chs, **dd)
-        self.reduce.act = nn.ReLU()
+        self.reduce = ConvNormAct(in_chs, reduced_chs, act=False, **dd)
         self.conv = nn.Conv1d(4, 4, 3, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.reduce(x)
+        x = F.relu(self.reduce(x))
         # Exactly adaptive_avg_pool2d(x, 2), written as a plain pool because exporters know that one.
         height, width = spatial_size(x)
         torch._assert(height >= 2, 'Spatial Bias needs a map of 2x2 or more: give images of 17 px or more.')
@@ -146,20 +117,6 @@ class SpatialBiasHead(nn.Module):
         return x.transpose(1, 2).flatten(1)
 
 
-class DirectionAttention(StripGates):
-    """One direction-aware attention map of DDAMFN: coordinate attention with learned linear strips as pools."""
-
-    def __init__(self, chs: int, map_size: Tuple[int, int], rd_ratio: int = 32, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(chs, max(8, chs // rd_ratio), **dd)
-        self.strip_h = GlobalDepthwiseConv(chs, (1, map_size[1]), **dd)
-        self.strip_w = GlobalDepthwiseConv(chs, (map_size[0], 1), **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_h, gate_w = self.gates(self.strip_h(x), self.strip_w(x))
-        return gate_h * gate_w
-
-
 class DualDirectionHead(nn.Module):
     """DDAMFN's head: the element-wise maximum of two direction attentions times the features, then GDConv."""
 
@@ -167,16 +124,13 @@ class DualDirectionHead(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         assert embed_dim == in_chs, 'The dual direction head keeps the number of channels.'
-        self.map_height, self.map_width = map_size
         self.attn1 = DirectionAttention(in_chs, map_size, **dd)
         self.attn2 = DirectionAttention(in_chs, map_size, **dd)
-        self.gdconv = GlobalDepthwiseConv(in_chs, map_size, **dd)
-        self.flatten = nn.Flatten(1)
+        self.gdconv = GDConv(in_chs, map_size, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _assert_map_size(x, self.map_height, self.map_width)
         x = x * torch.maximum(self.attn1(x), self.attn2(x))
-        return self.flatten(self.gdconv(x))
+        return self.gdconv(x).flatten(1)
 
 
 # global_pool name -> the head that turns the final map into the embedding
@@ -231,28 +185,22 @@ class MixedFeatureNet(nn.Module):
         )
         self.feature_info = [dict(num_chs=stem_chs, reduction=2, module='stem.1')]
 
-        block = MixedBottleneck if mixed else PlainBottleneck
         prev_chs = stem_chs
         self.stages = nn.Sequential()
         for i, (out_chs, mixes) in enumerate(stages):
-            layers: List[nn.Module] = []
+            layers = nn.Sequential()
             for j, mix in enumerate(mixes):
-                layers.append(block(prev_chs, out_chs, mix, stride=2 if j == 0 else 1, **dd))
+                layers.append(Bottleneck(prev_chs, out_chs, mix, 2 if j == 0 else 1, mixed, **dd))
                 prev_chs = out_chs
-            if i == len(stages) - 1:
-                if final_chs is None:
-                    layers.append(RepVggDw(prev_chs, 3, **dd))
-                else:
-                    layers.append(ConvNormAct(prev_chs, final_chs, **dd))
-                    prev_chs = final_chs
-            self.stages.add_module(str(i), nn.Sequential(*layers))
-            self.feature_info.append(dict(num_chs=prev_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
+            self.stages.append(layers)
+            self.feature_info.append(dict(num_chs=out_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
+        layers.append(ConvNormAct(prev_chs, final_chs, **dd) if final_chs else RepVggDw(prev_chs, 3, **dd))
+        self.num_features = self.feature_info[-1]['num_chs'] = final_chs or prev_chs
 
-        self.num_features = prev_chs
         height, width = to_2tuple(img_size)
         map_size = (-(-height // 16), -(-width // 16))
         self.head_pool = self.global_pool = head
-        self.head = HEADS[head](prev_chs, embed_dim, map_size, **dd)
+        self.head = HEADS[head](self.num_features, embed_dim, map_size, **dd)
         self.head_hidden_size = embed_dim
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, head if global_pool is None else global_pool)
@@ -352,11 +300,11 @@ class MixedFeatureNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            for stage in self.stages:
+        for stage in self.stages:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
-        else:
-            x = self.stages(x)
+            else:
+                x = stage(x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -371,71 +319,37 @@ class MixedFeatureNet(nn.Module):
         return x
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped).
-
-    Raises:
-        RuntimeError: When, the classifier aside, its keys are not the model's. timm loads leniently as soon as class
-            counts differ, and would leave what is missing at random values.
-    """
-    for wrapper in ('model_state_dict', 'state_dict'):
-        if wrapper in state_dict:
-            state_dict = state_dict[wrapper]
-    state_dict = clean_state_dict(state_dict)
-    if is_released(state_dict):
-        state_dict = rename_keys(state_dict, model)
-
-    def relevant(keys: Iterable[str]) -> Set[str]:
-        return {key for key in keys if not key.startswith('fc.') and not key.endswith('.num_batches_tracked')}
-
-    given, wanted = relevant(state_dict), relevant(model.state_dict())
-    if given != wanted:
-        def some(keys: Set[str]) -> str:
-            return f"{len(keys)} ({', '.join(sorted(keys)[:3])}, ...)" if keys else 'none'
-        raise RuntimeError(
-            f'The checkpoint is of another network. Missing keys: {some(wanted - given)}; unexpected keys: '
-            f'{some(given - wanted)}.')
-    return state_dict
-
-
-def _cfg(label_names: Tuple[str, ...] = EXPRESSIONS_7, size: int = 112, **kwargs: Any) -> Dict[str, Any]:
+# 'fixed_input_size': a GDConv covers the whole map, Spatial Bias takes any.
+def _cfg(arch: str, label_names: Tuple[str, ...], **kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': len(label_names), 'label_names': label_names,
-        'input_size': (3, size, size), 'pool_size': (size // 16, size // 16),
+        'input_size': (3, 112, 112), 'pool_size': (7, 7), 'fixed_input_size': arch != 'lfnsb',
         'crop_pct': 1.0, 'crop_mode': 'squash', 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0.conv', 'classifier': 'fc', 'license': 'apache-2.0',
+        'first_conv': 'stem.0.conv', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': _PAPERS[arch],
         **kwargs,
     }
 
 
-_LFN = dict(paper_ids='doi:10.20944/preprints202408.1304.v1')
-_MFN = dict(paper_ids='doi:10.3390/electronics12173595')
-
-# A GDConv covers the whole map, which fixes the input size; Spatial Bias does not.
-_ARCHS: Dict[str, Dict[str, Any]] = {
-    'lfn_small': dict(_LFN, fixed_input_size=True),
-    'lfnsb': _LFN,
-    'mfn': dict(_MFN, fixed_input_size=True),
-    'ddamfn': dict(_MFN, fixed_input_size=True),
-    'mobilefacenet': dict(paper_ids='arXiv:1804.07573', fixed_input_size=True),
+_PAPERS = {
+    'lfn_small': 'doi:10.20944/preprints202408.1304.v1',
+    'lfnsb': 'doi:10.20944/preprints202408.1304.v1',
+    'mfn': 'doi:10.3390/electronics12173595',
+    'ddamfn': 'doi:10.3390/electronics12173595',
+    'mobilefacenet': 'arXiv:1804.07573',
 }
 
-# Label sets and input configs without weights, for runs on data that nobody may redistribute.
-_UNTRAINED_TAGS = {'rafdb': EXPRESSIONS_7, 'affectnet7': EXPRESSIONS_7, 'affectnet8': EXPRESSIONS_8}
-
-# The embedded file comes before the Hub in timm's order of sources; see `prefer_hub`.
 default_cfgs = generate_default_cfgs({
+    # The embedded file comes before the Hub in timm's order of sources; see `prefer_hub`.
     **{
         name: _cfg(
-            EXPRESSIONS_8, INPUT_SIZES.get(name, 112), file=str(WEIGHTS_DIR / f'{name}.safetensors'),
-            hf_hub_id=hub_id(name), **_ARCHS[name.split('.')[0]])
+            name.split('.')[0], EXPRESSIONS_8, file=str(WEIGHTS_DIR / f'{name}.safetensors'), hf_hub_id=hub_id(name))
         for name in HUB_REVISIONS
     },
-    **{
-        f'{arch}.{tag}': _cfg(label_names, **info)
-        for arch, info in _ARCHS.items() for tag, label_names in _UNTRAINED_TAGS.items()
-    },
+    # Label sets and input configs without weights, for runs on data that nobody may redistribute.
+    **{f'{arch}.rafdb': _cfg(arch, EXPRESSIONS_7) for arch in _PAPERS},
+    **{f'{arch}.affectnet7': _cfg(arch, EXPRESSIONS_7) for arch in _PAPERS},
+    **{f'{arch}.affectnet8': _cfg(arch, EXPRESSIONS_8) for arch in _PAPERS},
 })
 
 # Output channels and the mix of each block. The paper's Table 1 prints other expansion factors and 128 channels at
@@ -457,47 +371,45 @@ _MOBILEFACENET_STAGES = (
 )
 
 
-def _create_network(variant: str, pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
+def _create_network(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args: Any) -> MixedFeatureNet:
     if pretrained:
         kwargs = prefer_hub(variant, kwargs)
     return build_model_with_cfg(
         MixedFeatureNet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
+        **{**model_args, **kwargs},
     )
 
 
 @register_model
 def lfn_small(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """LFN with the head of MFN: the paper's network without Spatial Bias."""
-    model_args = dict(stages=_LFN_STAGES)
-    return _create_network('lfn_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network('lfn_small', pretrained, kwargs, stages=_LFN_STAGES)
 
 
 @register_model
 def lfnsb(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """LFN with Spatial Bias, the paper's network."""
-    model_args = dict(stages=_LFN_STAGES, head='sb')
-    return _create_network('lfnsb', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network('lfnsb', pretrained, kwargs, stages=_LFN_STAGES, head='sb')
 
 
 @register_model
 def mfn(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """MFN, the backbone of DDAMFN, with its embedding head."""
-    model_args = dict(stages=_MFN_STAGES, final_chs=512, stem_act=True)
-    return _create_network('mfn', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network('mfn', pretrained, kwargs, stages=_MFN_STAGES, final_chs=512, stem_act=True)
 
 
 @register_model
 def ddamfn(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """DDAMFN: MFN with two direction attention heads."""
-    model_args = dict(stages=_MFN_STAGES, final_chs=512, stem_act=True, head='dda', embed_dim=512)
-    return _create_network('ddamfn', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network(
+        'ddamfn', pretrained, kwargs, stages=_MFN_STAGES, final_chs=512, stem_act=True, head='dda', embed_dim=512)
 
 
 @register_model
 def mobilefacenet(pretrained: bool = False, **kwargs: Any) -> MixedFeatureNet:
     """MobileFaceNet, the baseline of the paper's Table 2, with the 128 values of its own paper as embedding."""
-    model_args = dict(stages=_MOBILEFACENET_STAGES, final_chs=512, mixed=False, stem_act=True, embed_dim=128)
-    return _create_network('mobilefacenet', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_network(
+        'mobilefacenet', pretrained, kwargs, stages=_MOBILEFACENET_STAGES, final_chs=512, mixed=False, stem_act=True,
+        embed_dim=128)

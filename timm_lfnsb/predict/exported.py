@@ -8,15 +8,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, one_sentence
 
 SUFFIXES = {'.onnx': 'onnx', '.xml': 'openvino', '.pt2': 'torch-export', '.pte': 'executorch'}
 """File suffix -> format, as `timm-lfnsb export --format` names it."""
@@ -35,26 +33,6 @@ def is_exported(name: str | os.PathLike[str]) -> bool:
     """Whether a model's name is that of an exported file, by its suffix; timm's names and prefixes are not."""
     name = os.fspath(name)
     return Path(name).suffix in SUFFIXES and not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:'))
-
-
-def reason(error: Exception) -> str:
-    """What other people's error says, on one line."""
-    return shorten(str(error), 300, placeholder=' ...') or type(error).__name__
-
-
-@contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Turn whatever an exporter or a runtime raises into a UserError: `what` fails, and why."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        package = (error.name or 'its runtime').partition('.')[0]
-        extra = 'executorch' if package == 'executorch' else 'export'
-        raise UserError(f'{what}: it needs {package}, pip install "timm-lfnsb[{extra}]" brings it.') from error
-    except Exception as error:  # each has its own
-        raise UserError(f'{what}: {reason(error)}') from error
 
 
 class ExportedModel:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..errors import UserError
-from .exported import reason
+from ..errors import UserError, reason
 
 with suppress(ImportError):
     import pillow_heif

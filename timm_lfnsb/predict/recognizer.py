@@ -16,11 +16,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..labels import canonical_name, model_label_names
-from ..models.device import to_device
-from ..models.loading import load_model
-from .exported import INPUT_KEYS, ExportedModel, is_exported, reason
+from ..models.loading import load_model, to_device
+from .exported import INPUT_KEYS, ExportedModel, is_exported
 from .faces import (
     FERPLUS_TEMPLATE,
     Box,

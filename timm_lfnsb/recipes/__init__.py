@@ -24,8 +24,7 @@ def recipe_path(name: str) -> Path:
 
 def recipe_summary(name: str) -> str:
     """First comment line of a recipe."""
-    with recipe_path(name).open(encoding='utf-8') as file:
-        return file.readline().lstrip('# ').rstrip()
+    return recipe_path(name).read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
 
 
 def class_map_path(name: str) -> Path | None:

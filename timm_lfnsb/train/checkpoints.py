@@ -7,7 +7,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ def find_checkpoint(run: Path) -> Path:
     for path in (run, run / 'model_best.pth.tar', run / 'last.pth.tar'):
         if path.is_file():
             return path
-    raise UserError(f'{run} {"has neither model_best.pth.tar nor last.pth.tar" if run.is_dir() else "does not exist"}: '
-                    'give the folder of a run of train.py, or one of its checkpoints.')
+    raise UserError(f'no model_best.pth.tar or last.pth.tar in {run}: give the folder of a run of train.py.')
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -47,8 +46,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = str(error).split('\n')[0]
         raise UserError(f'{path} is damaged or no checkpoint of train.py ({reason}).') from None
-    if (not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint
-            or not hasattr(checkpoint.get('args'), 'model')):
+    if not (isinstance(checkpoint, dict) and 'state_dict' in checkpoint and hasattr(checkpoint.get('args'), 'model')):
         raise UserError(f'{path} lacks the settings of its run: only checkpoints written by train.py can be packed.')
     return checkpoint
 
@@ -82,9 +80,8 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
 
 def load_centers(task: Any, options: argparse.Namespace) -> None:
     """Let the centers of a `CosineHarmonyTask` go on if --initial-checkpoint is a run of ours with the same labels."""
-    path = Path(getattr(options, 'initial_checkpoint', None) or '')
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(Path(options.initial_checkpoint or ''))
         old, new = run_label_names(checkpoint['args']), run_label_names(options)
     except UserError:  # other weights than a run's; train.py has read them already
         return
@@ -93,34 +90,51 @@ def load_centers(task: Any, options: argparse.Namespace) -> None:
     same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
     if centers is not None and same and centers.shape == task.centers.shape:
         task.load_task_state(state)
-        _logger.info(f'The centers go on from {path}.')
     elif centers is not None:
-        _logger.warning(f'The centers of {path} are of other classes or features: they start anew.')
+        _logger.warning('The centers of --initial-checkpoint are of other classes or features: they start anew.')
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Refuse an output folder that cannot be made or written, and a checkpoint to resume from that is not there."""
-    resume = getattr(options, 'resume', None)
-    if resume and not Path(resume).is_file():
-        raise UserError(f'--resume {resume} is not a file: give a checkpoint of the run, such as last.pth.tar.')
-    if rank() != 0 or not hasattr(options, 'output'):  # only the first process writes
+    """Refuse a checkpoint to resume from that is not there, and (OSError) an output folder that cannot be written."""
+    if options.resume and not Path(options.resume).is_file():
+        raise UserError(f'--resume {options.resume} is not a file: give a checkpoint of the run, such as last.pth.tar.')
+    if rank() != 0:  # only the first process writes
         return
-    folder = Path(options.output or 'output/train', getattr(options, 'experiment', None) or '')
+    folder = Path(options.output or 'output/train', options.experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(2 ** 20))
+
+
+@contextmanager
+def watch_loss(task: torch.nn.Module, loader: Any, epoch: int) -> Iterator[None]:
+    """Stop an epoch of a task of timm whose loss is not finite, and say at which batch.
+
+    A loss is looked at when the next batch comes, or the epoch ends: by then timm's script has fetched it for its log.
+    """
+    losses: list[torch.Tensor] = []  # one flag a batch: is its loss finite?
+
+    def check(*_: Any) -> None:
+        if losses and not losses[-1]:
+            raise UserError(
+                f'the loss is not finite in epoch {epoch}, batch {len(losses) - 1} of {len(loader)} (counted from 0): '
+                "nothing of this epoch is saved, so go on with --resume from the run's last checkpoint, if it has one, "
+                'and try a lower --lr, --clip-grad 1 or, with --amp, --amp-dtype bfloat16.')
+
+    hooks = task.register_forward_pre_hook(check), task.register_forward_hook(
+        lambda module, inputs, result: losses.append(result['loss'].detach().isfinite().all()))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2 ** 20))
-    except OSError as error:
-        raise UserError(
-            f'the output folder {folder} cannot be written ({error.strerror or error}): free some space or give '
-            'another one with --output.') from None
+        yield
+        check()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def not_finite(module: torch.nn.Module) -> bool:
-    tensors = [tensor for tensor in module.state_dict().values()
-               if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
-    # One answer from the device, not one for each tensor.
-    return bool(tensors) and not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+def is_finite(module: torch.nn.Module) -> bool:
+    """Whether all floating-point weights and buffers are; one answer from the device, not one for each tensor."""
+    tensors = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 class SafeSaver(CheckpointSaver):
@@ -128,34 +142,32 @@ class SafeSaver(CheckpointSaver):
 
     * A checkpoint that cannot be written, or whose weights are not finite, ends the run; the former ones stay.
     * `last` and `model_best` are always whole: a new one takes the place of the old in one step.
-    * A run that is resumed in its own folder goes on from its best epoch; without that, the first epoch after the
-      restart would become `model_best`.
+    * A run that is resumed in its own folder goes on from its best epoch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.folder = Path(self.checkpoint_dir)
         resume = getattr(self.args, 'resume', None)
-        own = resume and Path(resume).resolve().parent == self.folder.resolve()
-        if own and hasattr(self, 'load_state_dict_from_checkpoint'):  # not in releases of timm before 1.0.31
-            self.load_state_dict_from_checkpoint(resume)
+        if resume and Path(resume).resolve().parent == self.folder.resolve():
+            if hasattr(self, 'load_state_dict_from_checkpoint'):  # not in releases of timm before 1.0.31
+                self.load_state_dict_from_checkpoint(resume)
 
     @contextmanager
     def _guard(self, epoch: int) -> Iterator[None]:
         last = self.folder / f'last{self.extension}'
-        advice = f'the one before is whole, go on with --resume {last}' if last.is_file() else 'there is none before'
+        advice = f'go on with --resume {last}' if last.is_file() else 'there is none before'
         task = getattr(self, 'task', None)
         ema = self.model_ema if task is None else task.get_trainable_module(ema=True)
-        if any(not_finite(unwrap_model(module)) for module in (self.model, ema) if module is not None):
-            raise UserError(f'the weights are not finite at the end of epoch {epoch}, so they are not saved; {advice}, '
-                            'after a change such as a lower --lr or --clip-grad 1.')
+        if not all(is_finite(unwrap_model(module)) for module in (self.model, ema) if module is not None):
+            raise UserError(f'the weights are not finite at the end of epoch {epoch}, so they are not saved: try a '
+                            f'lower --lr or --clip-grad 1; {advice}.')
         try:
             yield
         # torch's own writer of files reports a full disk as a RuntimeError.
         except (OSError, RuntimeError) as error:
-            for name in ('tmp', 'recovery_tmp'):
-                with suppress(OSError):
-                    (self.folder / f'{name}{self.extension}').unlink(missing_ok=True)
+            for path in (*self.folder.glob('*tmp.pth.tar'), *self.folder.glob('*.tmp')):
+                path.unlink()
             reason = (getattr(error, 'strerror', None) or str(error)).splitlines()[0]
             raise UserError(f'the checkpoint of epoch {epoch} cannot be written to {self.folder} ({reason}): free some '
                             f'space; {advice}.') from None
@@ -173,12 +185,9 @@ class SafeSaver(CheckpointSaver):
         os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        new = f'{dst}.tmp'
-        try:
-            super()._duplicate(src, new)
-            os.replace(new, dst)
-        finally:
-            Path(new).unlink(missing_ok=True)  # there still if the copy failed, or if both were one file
+        super()._duplicate(src, f'{dst}.tmp')
+        os.replace(f'{dst}.tmp', dst)
+        Path(f'{dst}.tmp').unlink(missing_ok=True)  # there still if both were one file
 
 
 def summarize(epoch: int, train_metrics: Any, eval_metrics: Any, filename: str, **kwargs: Any) -> None:

@@ -1,8 +1,7 @@
 """Wrappers of a training set that draw anew in each epoch, as a function of seed and epoch alone.
 
-timm's train script seeds once, at its start, so that each epoch depends on those before it. Here a run that is resumed
-repeats what it would have done. What worker processes need is in shared memory: they live on from epoch to epoch, with
-the dataset they were started with.
+So a run that is resumed repeats what it would have done. What worker processes need is in shared memory: they live on
+from epoch to epoch, with the dataset they were started with.
 """
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset, RandomSampler, WeightedRandomSampler, get_worker_info
 
+from ..errors import UserError
 from .options import rank
 
 _logger = logging.getLogger(__name__)
@@ -47,15 +47,10 @@ class DatasetWrapper(Dataset):
 
 
 def folder_targets(dataset: Any) -> torch.Tensor:
-    """Class numbers (N,) of the images of a folder dataset of timm, of their folders or drawn from votes.
-
-    Raises:
-        ValueError: When the dataset does not tell its targets without loading images.
-    """
-    try:
-        return torch.tensor([target for _, target in dataset.reader.samples])
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        raise ValueError('this needs a folder of images as --data-dir, not --dataset.') from None
+    """Class numbers (N,) of the images of a folder dataset of timm, of their folders or drawn from votes."""
+    if not hasattr(getattr(dataset, 'reader', None), 'samples'):
+        raise UserError('--label-votes, --balance-power and --logit-adjustment need a folder of images as --data-dir.')
+    return torch.tensor([target for _, target in dataset.reader.samples])
 
 
 class BalancedDataset(DatasetWrapper):
@@ -64,9 +59,6 @@ class BalancedDataset(DatasetWrapper):
     An epoch stays as long as it was. A class of n images gets a share of it that is proportional to n ** (1 - power):
     power 0 leaves the classes as they are, 1 draws all of them equally often. All processes of a distributed run make
     the same draw, so that the sampler can divide it among them.
-
-    Raises:
-        ValueError: When the dataset does not tell its targets without loading images.
     """
 
     def __init__(self, dataset: Any, power: float, seed: int = 0):
@@ -80,8 +72,8 @@ class BalancedDataset(DatasetWrapper):
             shares = counts.double() ** (1 - power) * (counts > 0)
             expected = shares / shares.sum() * len(self)
             _logger.info(f'Class balance with power {power:g}, images of an epoch: ' + ', '.join(
-                f'{name} {counts[i]} -> {expected[i]:.0f}' for name, i in self.reader.class_to_idx.items()
-                if i < len(counts) and counts[i]))
+                f'{name} {before} -> {after:.0f}' for name, before, after in zip(
+                    self.reader.class_to_idx, counts, expected, strict=False)))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the images of an epoch; timm's train script calls this before each."""

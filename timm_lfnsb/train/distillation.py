@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher, LogitDistillationTask
 
 from ..errors import UserError
-from ..labels import LabelError, canonical_name, model_label_names
+from ..labels import canonical_name, model_label_names
 from ..models.loading import load_model
 from .task import CosineHarmonyMixin
 
@@ -23,9 +23,6 @@ class TeacherEnsemble(DistillationTeacher):
         label_names: The run's label names; each teacher's outputs are put into this order by name.
         adjustment: Logits (C,) to take off their answer, as `LogitAdjustment` adds them in the student's loss.
         device: Where they run, in `dtype` (None for float32).
-
-    Raises:
-        UserError: When a teacher has no label names, or others than the run.
     """
 
     teachers: Any
@@ -43,22 +40,16 @@ class TeacherEnsemble(DistillationTeacher):
             for teacher in teachers).requires_grad_(False)
         self.register_buffer('adjustment', None if adjustment is None else adjustment.to(device), persistent=False)
 
-    def train(self, mode: bool = True) -> TeacherEnsemble:
-        return super().train(False)  # a teacher does not learn
-
-    def compile(self, *args: Any, **kwargs: Any) -> TeacherEnsemble:  # type: ignore[override]  # as in timm
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # without timm's own options
         for teacher in self.teachers:
             teacher.compile(*args, **kwargs)
-        return self
 
     def normalize_input(self, input: torch.Tensor, student_mean: Any = None, student_std: Any = None) -> torch.Tensor:
         """Undo the student's normalisation; each teacher's own is applied in `forward`."""
         return input if student_mean is None else input * student_std + student_mean
 
     def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        """Logits (B, C) in the run's order, of images (B, 3, H, W) with values in [0, 1]."""
-        if return_features:
-            raise ValueError('several teachers have no common features: take --kd-distill-type logit.')
+        """Logits (B, C) in the run's order, of images (B, 3, H, W) with values in [0, 1]; never features."""
         answers = []
         for teacher, size, order in zip(self.teachers, self.sizes, self.orders, strict=True):
             images = input
@@ -71,47 +62,34 @@ class TeacherEnsemble(DistillationTeacher):
 
 
 def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
-    """Number of the teacher's output for each of the run's labels, found by name."""
-    try:
-        names = [canonical_name(name) for name in model_label_names(teacher)]
-    except LabelError as error:
-        raise UserError(f'--kd-model-name: {error}') from None
+    """Number of the teacher's output for each of the run's labels, found by name; UserError if they are others."""
+    names = [canonical_name(name) for name in model_label_names(teacher)]
     wanted = [canonical_name(name) for name in label_names]
     if sorted(names) != sorted(wanted):
         raise UserError(
             f"--kd-model-name: the teacher's labels ({', '.join(names)}) are not those of the run "
-            f"({', '.join(wanted)}): take a teacher that was trained on the same classes.")
+            f"({', '.join(wanted)}): take a teacher of the same classes, and a folder of images or a --class-map.")
     return [names.index(name) for name in wanted]
 
 
-def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
+def load_teachers(names: str, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
     """The teachers that --kd-model-name lists, separated by commas; `args` are further ones of `TeacherEnsemble`."""
-    if label_names is None:
-        raise UserError("--kd-model-name: the labels of the run are not known, to be matched with the teacher's: train "
-                        'on a folder of images, or give a --class-map.')
-    teachers = []
-    for name in names.split(','):
-        teacher: Any = load_model(name.strip(), inference=True)
-        if teacher.pretrained_cfg['input_size'][0] != in_chans:
-            raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
-        teachers.append(teacher)
-    return TeacherEnsemble(teachers, label_names, *args)
+    teachers = [load_model(name.strip(), inference=True) for name in names.split(',')]
+    return TeacherEnsemble(teachers, label_names or (), *args)
 
 
 class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
     """timm's `LogitDistillationTask` with the Cosine-Harmony loss beside it.
 
     Loss = task weight * criterion + distillation weight * KL divergence from the teacher + weight * Cosine-Harmony.
-    Checkpoints, EMA and DDP hold the student and the centers alone. The forward returns `kd_loss` as well.
-
-    Arguments are those of `LogitDistillationTask`, and `weight`, `alpha`, `variant`, `learn_centers` of
-    `CosineHarmonyTask`.
+    Arguments are those of `LogitDistillationTask` and of the loss, see `CosineHarmonyTask`; the forward returns
+    `kd_loss` as well.
     """
 
     student_mean: Any
     student_std: Any
 
-    def __init__(self, student_model: Any, *args: Any, **kwargs: Any):
+    def __init__(self, student_model: Any, *args: Any, **kwargs: Any):  # under timm's name of the argument
         super().__init__(student_model, *args, **kwargs)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if 'kd_model_name' in kept:
         kept['kd_model_name'] = ','.join(
             f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name
-            for name in str(kept['kd_model_name']).split(','))
+            for name in kept['kd_model_name'].split(','))
     if 'label_votes' in kept:
         kept['label_votes'] = Path(kept['label_votes']).name
     return kept
@@ -42,98 +42,73 @@ def read_curve(run: Path) -> list[dict[str, float]]:
     """The rows of a run's summary.csv, one an epoch; of an epoch that a resumed run did again, the later.
 
     Raises:
-        UserError: When there is none, or it is not train.py's.
+        UserError, OSError: When it is not train.py's, or there is none.
     """
     path = run / 'summary.csv'
-    if not path.is_file():
-        raise UserError(f'{run} has no summary.csv: give the folders of runs of train.py that have ended an epoch.')
     epochs: dict[float, dict[str, float]] = {}
     try:
-        with open(path, newline='', encoding='utf-8') as file:
-            for row in csv.DictReader(file):
-                if row['epoch'] != 'epoch':  # the header, which a resumed run of timm writes again
-                    values = {key: round(float(value), 5) for key, value in row.items() if value}
-                    epochs[values['epoch']] = values
-    except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
+        for row in csv.DictReader(path.read_text(encoding='utf-8').splitlines()):
+            if row['epoch'] != 'epoch':  # the header, which a resumed run of timm writes again
+                epochs[float(row['epoch'])] = {key: round(float(value), 5) for key, value in row.items() if value}
+    except (KeyError, ValueError, TypeError):
         raise UserError(f'{path} is not the summary of a run of train.py: give another folder.') from None
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """Settings, recipe and curve of a run folder; the curve is empty before the end of the first epoch.
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """Settings, recipe and curve of the runs in a folder, sorted by path; no curve before the end of the first epoch.
 
     Raises:
-        UserError: When the folder has no args.yaml, or something else in its place.
+        UserError: When there is none, or one is not train.py's.
     """
-    path = run / 'args.yaml'
-    try:
+    runs = []
+    for path in sorted(folder.rglob('args.yaml')):
         settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        settings = None
-    if not isinstance(settings, dict) or 'model' not in settings:
-        raise UserError(f'{path} does not hold the settings of a run of train.py: give another folder.')
-    settings = clean_settings(settings)
-    curve = read_curve(run) if (run / 'summary.csv').is_file() else []
-    return {'name': run.name, 'settings': settings, **find_recipe(settings), 'curve': curve}
-
-
-def embedded_runs(infos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that led to embedded weights, from their JSON, as `runs_table` takes them; shared ones only once."""
-    runs: list[dict[str, Any]] = []
-    for info in infos:
-        for i, run in enumerate(info['runs'], 1):
-            name = f"{info['model']}, {i} of {len(info['runs'])}"
-            same = [other for other in runs if all(other[key] == run[key] for key in ('settings', 'curve'))]
-            if same:
-                same[0]['name'] += f'; {name}'
-            else:
-                runs.append({**find_recipe(run['settings']), **run, 'name': name})
-    return runs
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The run folders in a folder, itself included, sorted by path.
-
-    Raises:
-        UserError: When there is none.
-    """
-    runs = sorted(path.parent for path in folder.rglob('args.yaml'))
+        if not isinstance(settings, dict) or 'model' not in settings:
+            raise UserError(f'{path} does not hold the settings of a run of train.py: give another folder.')
+        settings = clean_settings(settings)
+        curve = read_curve(path.parent) if path.with_name('summary.csv').is_file() else []
+        runs.append({'name': path.parent.name, 'settings': settings, **find_recipe(settings), 'curve': curve})
     if not runs:
         raise UserError(f'{folder} has no run of train.py (a folder with args.yaml).')
     return runs
+
+
+def embedded_runs(infos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that led to embedded weights, from their JSON, as `runs_table` takes them."""
+    return [{**run, 'name': f"{info['model']}, {i} of {len(info['runs'])}"}
+            for info in infos for i, run in enumerate(info['runs'], 1)]
 
 
 def find_recipe(settings: dict[str, Any]) -> dict[str, Any]:
     """The recipe of this package that a run followed, told by what `clean_settings` leaves of its settings.
 
     Returns:
-        `recipe`, the name of the recipe with the fewest settings that differ, and `overrides`, the run's values of
-        those; None and an empty dict where more than a third of every recipe's settings differ.
+        `recipe`, the one with the fewest settings that differ, and `overrides`, the run's values of those; None and an
+        empty dict where more than a third of every recipe's settings differ.
     """
-    candidates = []
+    candidates: list[tuple[str | None, dict[str, Any]]] = []
     for name in recipe_names():
-        wanted = {
-            key: value for key, value in yaml.safe_load(recipe_path(name).read_text(encoding='utf-8')).items()
-            if key not in _LEFT_OUT | _OF_THE_MACHINE}
+        recipe = yaml.safe_load(recipe_path(name).read_text(encoding='utf-8'))
+        wanted = {key: value or None for key, value in recipe.items() if key not in _LEFT_OUT | _OF_THE_MACHINE}
         # Off is 0, false, empty or not there.
-        differ = {
-            key: settings.get(key) for key, value in wanted.items() if (settings.get(key) or None) != (value or None)}
+        differ = {key: settings.get(key) for key, value in wanted.items() if (settings.get(key) or None) != value}
         if 3 * len(differ) <= len(wanted):
             candidates.append((name, differ))
-    recipe, overrides = min(candidates, key=lambda candidate: len(candidate[1]), default=(None, {}))
-    return {'recipe': recipe, 'overrides': overrides}
+    best, overrides = min(candidates, key=lambda candidate: len(candidate[1]), default=(None, {}))
+    return {'recipe': best, 'overrides': overrides}
 
 
 def runs_table(runs: Iterable[dict[str, Any]]) -> str:
-    """Runs (as `read_run` gives them) as a Markdown table; accuracies in percent, epochs counted from 0 as in timm."""
+    """Runs (as `read_runs` gives them) as a Markdown table; accuracies in percent, epochs counted from 0 as in timm."""
     rows = [run_cells(run) for run in runs]
-    return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else 'no runs'
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def run_cells(run: dict[str, Any]) -> dict[str, Any]:
     """One run's cells of `runs_table`, by the header of their column."""
     settings, curve = run['settings'], run['curve']
-    overrides = ', '.join(f'{key} {value}' for key, value in run.get('overrides', {}).items())
+    overrides = ', '.join(f'{key} {value}' for key, value in run['overrides'].items())
     done, planned = int(curve[-1]['epoch']) + 1 if curve else 0, settings.get('epochs', 0)
     sizes = settings.get('train_img_sizes') or [settings.get('img_size') or (settings.get('input_size') or [0])[-1]]
     steps = settings.get('grad_accum_steps', 1)
@@ -142,9 +117,9 @@ def run_cells(run: dict[str, Any]) -> dict[str, Any]:
     points = min(6, len(validated))  # first, last and evenly spaced ones between them
     chosen = [validated[round(i * (len(validated) - 1) / max(points - 1, 1))]['eval_top1'] for i in range(points)]
     return {
-        'run': run.get('name', '-'),
+        'run': run['name'],
         'model': settings['model'],
-        'recipe': (run.get('recipe') or '-') + (f' but {overrides}' if overrides else ''),
+        'recipe': (run['recipe'] or '-') + (f' but {overrides}' if overrides else ''),
         'epochs': planned if done >= planned else f'{done} of {planned}',
         'size': '/'.join(map(str, sizes)) if any(sizes) else "model's",
         'batch': f"{settings.get('batch_size', '-')}" + (f' x {steps}' if steps > 1 else ''),
@@ -158,7 +133,7 @@ def run_cells(run: dict[str, Any]) -> dict[str, Any]:
         'seed': settings.get('seed', 0),
         'best validation': f"{best['eval_top1']:.1f} (epoch {best['epoch']:.0f})" if best else '-',
         'validation curve': ' '.join(f'{value:.1f}' for value in chosen) or '-',
-        'last train loss': f"{curve[-1]['train_loss']:.3f}" if curve and 'train_loss' in curve[-1] else '-',
+        'last train loss': f"{curve[-1]['train_loss']:.3f}" if curve else '-',
     }
 
 
@@ -167,10 +142,9 @@ def _named(settings: dict[str, Any], names: dict[str, str]) -> str:
     parts = []
     for key, name in names.items():
         value = settings.get(key)
-        if not value or (key == 'model_ema_decay' and not settings.get('model_ema')):
-            continue
-        text = '-'.join(f'{number:g}' for number in value) if isinstance(value, list) else value
-        parts.append(f'{name} {text:g}' if isinstance(text, float) else f'{name} {text}')
+        if value and (key != 'model_ema_decay' or settings.get('model_ema')):
+            text = '-'.join(f'{number:g}' for number in value) if isinstance(value, list) else value
+            parts.append(f'{name} {text:g}' if isinstance(text, float) else f'{name} {text}')
     return ', '.join(map(str.strip, parts)) or '-'
 
 

@@ -7,8 +7,6 @@ import torch
 from torchvision.transforms import Compose, v2
 from torchvision.transforms.v2 import functional as F
 
-SMALLEST = 24  # pixels of the shorter side that a picture may be reduced to
-
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
@@ -37,8 +35,8 @@ class PhotoLook:
             shift = [round(_uniform(-0.06, 0.06) * length) for length in (width, height)]
             image = F.affine(image, _uniform(-10, 10), shift, 1., [0., 0.], v2.InterpolationMode.BILINEAR)
             image = F.center_crop(image, [height, width])
-        if torch.rand(()) < self.p and side > SMALLEST:
-            factor = _uniform(SMALLEST, side) / side
+        if torch.rand(()) < self.p and side > 24:
+            factor = _uniform(24, side) / side
             image = F.resize(image, [max(1, round(height * factor)), max(1, round(width * factor))])
             image = F.resize(image, [height, width])
         if torch.rand(()) < self.p:

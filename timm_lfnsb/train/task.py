@@ -6,7 +6,6 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
-from timm.optim import auto_group_layers
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
@@ -20,18 +19,16 @@ def average_features(features: torch.Tensor, output_fmt: str = 'NCHW', num_prefi
     of which class and register tokens are left out (`num_prefix_tokens`), or already pooled (B, C).
 
     Raises:
-        ValueError: When the features are of none of these shapes.
+        ValueError: When they are of another shape.
     """
-    if isinstance(features, torch.Tensor):
-        if features.ndim == 2:
-            return features
-        if features.ndim == 3:
-            return features[:, num_prefix_tokens:].mean(dim=1)
-        if features.ndim == 4:
-            return features.mean(dim=(1, 2) if output_fmt == 'NHWC' else (2, 3))
-    raise ValueError(
-        'Cosine-Harmony needs features of shape (B, C, H, W), (B, H, W, C), (B, N, C) or (B, C) from forward_features, '
-        f'got {tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__}.')
+    if features.ndim == 2:
+        return features
+    if features.ndim == 3:
+        return features[:, num_prefix_tokens:].mean(dim=1)
+    if features.ndim == 4:
+        return features.mean(dim=(1, 2) if output_fmt == 'NHWC' else (2, 3))
+    raise ValueError('Cosine-Harmony needs features of shape (B, C, H, W), (B, H, W, C), (B, N, C) or (B, C) from '
+                     f'forward_features, got {tuple(features.shape)}.')
 
 
 class CosineHarmonyModule(nn.Module):
@@ -54,11 +51,8 @@ class CosineHarmonyModule(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Layer numbers for layer-wise learning rate decay: the model's own, and the centers with its last layer."""
-        if hasattr(self.model, 'group_matcher'):
-            layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
-        else:
-            layers = auto_group_layers(self.model)
-        last = max(layers.values(), default=0)
+        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values())
         return lambda name: layers.get(name.removeprefix('model.'), last)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +89,6 @@ class CosineHarmonyMixin(TrainingTask):
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> Any:
         # Ranks draw with seeds of their own, and DDP may be told to leave buffers (fixed centers) alone.
         torch.distributed.broadcast(self.centers.data, src=0)
-        if self.device.type == 'cpu':  # timm's script names the device even then, which DDP refuses
-            device_ids = None
         return super().prepare_distributed(device_ids, **ddp_kwargs)
 
     def compile(  # type: ignore[override]  # timm's own signature, not nn.Module's
@@ -120,8 +112,7 @@ class CosineHarmonyMixin(TrainingTask):
         return {'cosine_harmony': loss.state_dict()} if loss is not None else {}
 
     def load_task_state(
-            self, state: Optional[Dict[str, Any]], strict: bool = True, module: Optional[nn.Module] = None,
-            ema: bool = False) -> None:
+            self, state: dict | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False) -> None:
         loss = self._loss_module(module, ema)
         if loss is not None and state and 'cosine_harmony' in state:  # else the centers start anew
             loss.load_state_dict(state['cosine_harmony'], strict=strict)
@@ -129,9 +120,8 @@ class CosineHarmonyMixin(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         trainable = unwrap_model(self.trainable_module)
         parameters = list(trainable.model.parameters())
-        if exclude_head:  # timm's convention: the last two parameters are the classifier's
-            parameters = parameters[:-2]
-        return parameters + list(trainable.loss.parameters())
+        # timm's convention: the last two parameters are the classifier's
+        return parameters[:-2 if exclude_head else None] + list(trainable.loss.parameters())
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         output, harmony = self.trainable_module(input, target)
@@ -144,8 +134,7 @@ class CosineHarmonyTask(CosineHarmonyMixin, ClassificationTask):
     """Classification task whose loss is `criterion` + weight * Cosine-Harmony.
 
     Works for every timm model whose `forward_features` returns one tensor: the loss sees it averaged over space. The
-    eval model and the checkpoint's `state_dict` are the bare model; the centers travel in the task state, so that
-    checkpoints load anywhere and `--resume` restores the centers.
+    eval model and the checkpoint's `state_dict` are the bare model; the centers travel in the task state.
 
     Arguments are those of the installed timm's `ClassificationTask`, and `weight` of the Cosine-Harmony loss, `alpha`,
     `variant` and `learn_centers` (see `CosineHarmonyLoss`). The forward returns `loss` (total), `output` (logits),

@@ -15,56 +15,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..labels import EXPRESSIONS_8, canonical_name
+from ..errors import UserError
+from ..labels import canonical_name
 from .datasets import DatasetWrapper, folder_targets
 from .options import rank
 
 _logger = logging.getLogger(__name__)
 
-# What else a file of votes may have: people could also vote for the last three.
-OTHER_COLUMNS = ('file', 'split', 'label', 'usage', 'unknown', 'not_a_face', 'nf')
-
 
 def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a CSV file of votes: a column `file` and one column of counts for each label.
 
-    Columns are matched to the run's labels by name, synonyms included. Votes for unknown, for not a face and for
-    expressions that the run does not have are left out.
+    Columns are matched to the run's labels by name, synonyms included; votes in other columns are left out.
 
     Returns:
         Votes (C,) of each image by its file name without folders.
 
     Raises:
-        ValueError: When the file cannot be read, a column is missing or unknown, a count is not a number from 0 on, or
-            a file is listed twice.
+        UserError: When a column is missing, or a count is not a number from 0 on.
     """
     names = [canonical_name(name) for name in label_names]
     votes: dict[str, np.ndarray] = {}
-    try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            rows = csv.reader(file, strict=True)
+    with path.open(newline='', encoding='utf-8-sig') as file:
+        rows = csv.reader(file, strict=True)
+        try:
             columns = [canonical_name(field) for field in next(rows, [])]
-            if 'file' not in columns:
-                raise ValueError("has no column 'file'")
-            if missing := [name for name in names if name not in columns]:
-                raise ValueError(f"has no column for {', '.join(missing)}")
-            if strange := set(columns) - {*OTHER_COLUMNS, *EXPRESSIONS_8, *names}:
-                raise ValueError(f"has columns that are no label of this run ({', '.join(label_names)}): "
-                                 f"{', '.join(sorted(strange))}")
+            if missing := [name for name in ('file', *names) if name not in columns]:
+                raise ValueError(f"no column for {', '.join(missing)}")
             for row in filter(None, rows):
-                values = dict(zip(columns, row, strict=False))
-                name = PurePath(values.get('file', '')).name
-                try:
-                    counts = np.array([float(values[label]) for label in names])
-                except (KeyError, ValueError):
-                    counts = np.array([np.nan])
-                if not name or not np.isfinite(counts).all() or (counts < 0).any():
-                    raise ValueError(f'line {rows.line_num}: a file name and counts from 0 on are expected')
-                if name in votes:
-                    raise ValueError(f'line {rows.line_num}: {name} is listed twice')
+                values = dict(zip(columns, row, strict=True))
+                name = PurePath(values['file']).name
+                counts = np.array([float(values[label]) for label in names])
+                if not (np.isfinite(counts) & (counts >= 0)).all():
+                    raise ValueError('counts from 0 on are expected')
                 votes[name] = counts
-    except (OSError, csv.Error, ValueError) as error:
-        raise ValueError(f'{path} {getattr(error, "strerror", None) or error}.') from None
+        except (csv.Error, ValueError) as error:
+            raise UserError(f'--label-votes {path}, line {rows.line_num}: {error}.') from None
     return votes
 
 
@@ -75,23 +61,23 @@ def match_votes(
     `files` are their names, after folders or without; `targets` the class numbers, which images without votes keep.
 
     Raises:
-        ValueError: When few images have votes, two share a name, or most votes are against the folders' labels.
+        UserError: When few images have votes, two share a name, or most votes are against the folders' labels.
     """
     names = [PurePath(file).name for file in files]
     [(name, times)] = Counter(names).most_common(1)
     if times > 1:
-        raise ValueError(f'two images are called {name}, so their votes cannot be told apart.')
+        raise UserError(f'--label-votes: two images are called {name}, so their votes cannot be told apart.')
     labels = np.asarray(targets)
     voted = np.array([i for i, name in enumerate(names) if name in votes and votes[name].any()], dtype=int)
     if 2 * len(voted) < len(names):
-        raise ValueError(
-            f'it has votes for {len(voted)} of {len(names)} images ({names[0]}, ...; it lists '
+        raise UserError(
+            f'--label-votes has votes for {len(voted)} of {len(names)} images ({names[0]}, ...; it lists '
             f'{next(iter(votes), "none")}, ...): it belongs to other images.')
     counts = np.stack([votes[names[i]] for i in voted])
     agree = (counts[np.arange(len(voted)), labels[voted]] == counts.max(axis=1)).mean()
     if agree < 0.5:
-        raise ValueError(f"only {agree:.0%} of the images lie in the folder that most votes are for: the labels' names "
-                         'or the images are mixed up.')
+        raise UserError(f"--label-votes: only {agree:.0%} of the images lie in the folder that most votes are for: the "
+                        "labels' names or the images are mixed up.")
     probabilities = np.eye(num_classes)[labels]
     probabilities[voted] = counts / counts.sum(axis=1, keepdims=True)
     return probabilities
@@ -118,16 +104,16 @@ class VotedDataset(DatasetWrapper):
     attribute `probabilities` (N, C) is the share of the votes of each image.
 
     Raises:
-        ValueError: When the file (see `read_votes`) does not fit the dataset, a folder dataset of timm.
+        UserError: When the file (see `read_votes`) does not fit the dataset, a folder dataset of timm.
     """
 
     def __init__(self, dataset: Any, path: Path, label_names: Sequence[str] | None, seed: int = 0):
         super().__init__(dataset)
         folders = folder_targets(dataset)
         if label_names is None:
-            raise ValueError('the labels of the run are not known: give a folder of images as --data-dir.')
+            raise UserError('--label-votes: the labels of the run are not known: give a --class-map.')
         files = [file for file, _ in dataset.reader.samples]
-        self.names = [PurePath(getattr(file, 'name', file)).name for file in files]
+        self.names = [PurePath(getattr(file, 'name', file)).name for file in files]  # one in a tar file has a name
         self.probabilities = match_votes(read_votes(path, label_names), self.names, folders.tolist(), len(label_names))
         self.seed = seed
         self.targets = folders.clone().share_memory_()

@@ -29,6 +29,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 
+def read_json(path: Path) -> Any:
+    """Read a file of JSON; ValueError where it is none."""
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, 'rb') as file:

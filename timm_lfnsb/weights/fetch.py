@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from urllib.parse import urlsplit
 
 from timm.models import resolve_pretrained_cfg
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..util.files import file_sha256
-from ..version import __version__
 from .names import DEFAULT_ORG, HUB_ORG, HUB_REVISIONS, WEIGHTS_DIR, hub_id
-
-_COMMIT = re.compile('[0-9a-f]{40}')
-_SHA256 = re.compile('[0-9a-f]{64}')
 
 
 def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -34,9 +28,6 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: When there are no weights, or they cannot be had: there is no falling back to the embedded file.
     """
-    choice = os.environ.get('TIMM_LFNSB_WEIGHTS') or 'embedded'
-    if choice not in ('embedded', 'hub'):
-        raise UserError(f"TIMM_LFNSB_WEIGHTS is {choice!r}: it must be 'embedded' (the default) or 'hub'.")
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     name = f'{variant}.{cfg.tag}'
@@ -44,13 +35,10 @@ def prefer_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{name} has no trained weights: give a model that has some ({', '.join(HUB_REVISIONS)}, local-dir:PATH or "
             'hf-hub:ID), or start from random ones with pretrained=False.')
-    if choice == 'embedded' or cfg.state_dict or cfg.source or cfg.file != str(WEIGHTS_DIR / f'{name}.safetensors'):
+    embedded = cfg.file == str(WEIGHTS_DIR / f'{name}.safetensors') and not (cfg.state_dict or cfg.source)
+    if os.environ.get('TIMM_LFNSB_WEIGHTS') != 'hub' or not embedded:
         return kwargs
-    try:
-        path = fetch_weights(name, cache_dir=kwargs.get('cache_dir'))
-    except UserError as error:
-        raise UserError(
-            f'{error} TIMM_LFNSB_WEIGHTS=hub asks for the Hub; without it the embedded weights load.') from error
+    path = fetch_weights(name, cache_dir=kwargs.get('cache_dir'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path)}}
 
 
@@ -63,107 +51,76 @@ def fetch_weights(name: str, revision: str | None = None, cache_dir: str | Path 
         UserError: When it cannot be had, or is another file.
     """
     repo_id = hub_id(name)
-    pinned = HUB_REVISIONS.get(name) if HUB_ORG == DEFAULT_ORG and revision is None else None
+    if revision is None and HUB_ORG == DEFAULT_ORG:
+        revision = HUB_REVISIONS.get(name)
     expected = json.loads((WEIGHTS_DIR / f'{name}.json').read_text(encoding='utf-8'))['sha256']
-    path = _download_checked(
+    return _download_checked(
         expected, f'model.safetensors of {repo_id} is not the file this version of timm_lfnsb knows (SHA-256 '
         f'{expected[:12]}...), and was not loaded: it was altered, or belongs to another version of the package.',
-        repo_id=repo_id, filename='model.safetensors', revision=revision or pinned, cache_dir=cache_dir)
-    if pinned and path.parent.name != pinned:
-        raise UserError(f'{repo_id} was asked for the pinned commit {pinned} and gave another: it was not loaded.')
-    return path
+        repo_id, 'model.safetensors', revision, cache_dir)
 
 
-def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> str:
-    """Download config.json and the safetensors file of any timm model on the Hub; returns the commit both are of.
+def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """Download config.json and model.safetensors of any timm model on the Hub; returns the folder with both.
 
     Raises:
-        UserError: When one of them cannot be had, is damaged, or the repository wants other files than safetensors.
+        UserError: When one of them cannot be had or is damaged.
     """
-    config_path = _download(repo_id, 'config.json', revision, cache_dir)
-    commit = config_path.parent.name  # .../snapshots/COMMIT/FILE
-    try:
-        config = json.loads(config_path.read_text(encoding='utf-8'))
-        pretrained_cfg = config.get('pretrained_cfg', config)
-        filename = pretrained_cfg.get('hf_hub_filename') or 'model.safetensors'
-        foreign = pretrained_cfg.get('custom_load')
-    except (ValueError, AttributeError):
-        raise UserError(f'config.json of {repo_id} is not one of a timm model.') from None
-    pickled = UserError(
-        f'{repo_id} has no model.safetensors, and pickled weights from the Hub are not loaded, because they can hold '
-        'code: ask its author for a safetensors file.')
-    if foreign or not str(filename).endswith('.safetensors'):
-        raise pickled
-    try:
-        path = _download(repo_id, filename, commit, cache_dir)
-    except UserError as error:
-        raise pickled if _is_missing(error.__cause__) else error from None
-    etag = path.resolve().name  # the cache names a file after what the Hub calls it: for large files the SHA-256
-    if _SHA256.fullmatch(etag):
+    folder = _download(repo_id, 'config.json', revision, cache_dir).parent  # .../snapshots/COMMIT
+    request = (repo_id, 'model.safetensors', folder.name, cache_dir)
+    etag = _download(*request).resolve().name  # the cache names a file after what the Hub calls it
+    if len(etag) == 64:  # large files after their SHA-256, others after git's SHA-1
         _download_checked(
-            etag, f'{filename} of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and was not '
-            'loaded: it was altered or damaged on the way.',
-            repo_id=repo_id, filename=filename, revision=commit, cache_dir=cache_dir)
-    return commit
+            etag, f'model.safetensors of {repo_id} is not what the Hub says it is (SHA-256 {etag[:12]}...), and was '
+            'not loaded: it was altered or damaged on the way.', *request)
+    return folder
 
 
-def describe_error(error: BaseException, repo_id: str, what: str = '', revision: str | None = None) -> str:
+def describe_error(error: Exception, repo_id: str, what: str = '', revision: str | None = None) -> str:
     """One sentence for what a call of huggingface_hub raised: what is wrong, and what to do.
 
     `what` and `revision` are the file and the revision that were asked for, if any.
     """
     from huggingface_hub import constants
     host = urlsplit(constants.ENDPOINT).netloc
-    causes = [error]
+    causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
     kinds = set().union(*map(_kinds, causes))
-    statuses = [getattr(getattr(cause, 'response', None), 'status_code', None) for cause in causes]
-    status = next((status for status in statuses if status is not None), None)
-    reason = shorten(str(error), 200, placeholder=' ...') or type(error).__name__
-    log_in = 'log in with `hf auth login` or set HF_TOKEN'
+    statuses = {getattr(getattr(cause, 'response', None), 'status_code', None) for cause in causes}
     sentences = (
         ('OfflineModeIsEnabled' in kinds, f'{what or "the model"} of {repo_id} is not in the cache and HF_HUB_OFFLINE '
          'forbids to fetch it: unset HF_HUB_OFFLINE once, with a network.'),
-        (any('Timeout' in kind for kind in kinds), f'{host} did not answer in time: try again later, or raise '
-         'HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT (seconds).'),
-        (kinds & _UNREACHABLE, f'{host} cannot be reached ({reason}): check the network, and HF_ENDPOINT if set.'),
-        ('FileMetadataError' in kinds, f'{host} does not answer as a Hub does: check HF_ENDPOINT if set, and proxies.'),
-        ('GatedRepoError' in kinds, f'{repo_id} is gated: ask for access on its page, then {log_in}.'),
-        ('RepositoryNotFoundError' in kinds,
-         f'there is no model {repo_id} on {host}, or it is private: check the name, and {log_in} if it is private.'),
+        (kinds & _UNREACHABLE,
+         f'{host} cannot be reached ({reason(error)}): check the network, and HF_ENDPOINT if set.'),
+        ('RepositoryNotFoundError' in kinds, f'there is no model {repo_id} on {host}, or it is private or gated: check '
+         'the name, ask for access on its page, and log in with `hf auth login` or HF_TOKEN.'),
         ('RevisionNotFoundError' in kinds,
          f'{repo_id} has no revision {revision}: leave it out, or take one of its branches, tags or commits.'),
-        (any(map(_is_missing, causes)),
-         f'{repo_id} has no file {what}: it is not a timm model, or another revision has it.'),
-        ('HFValidationError' in kinds, f"'{repo_id}' is no name of a Hub repository: it must be ORG/NAME."),
-        ('LocalTokenNotFoundError' in kinds or status == 401,
-         f'{host} does not know you: {log_in} to a valid token.'),
-        (status == 403, f'you may not do this with {repo_id}: your account or token lacks the permission.'),
-        (status is not None, f'{host} answered with error {status}: try again later.'),
-        ('Consistency check failed' in str(error),
-         f'the download of {what} from {repo_id} is incomplete and was thrown away: try again.'),
-        (True, f"{host} could not {'give ' + what if what else 'do this'} ({reason}): try again."),
+        ('EntryNotFoundError' in kinds and 'LocalEntryNotFoundError' not in kinds,
+         f'{repo_id} has no file {what}: models of timm with config.json and model.safetensors are loaded, no pickled '
+         'weights, because they can hold code.'),
+        ('LocalTokenNotFoundError' in kinds or 401 in statuses,
+         f'{host} does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token.'),
+        (True, f"{host} could not {'give ' + what if what else 'do this'}: {reason(error)}."),
     )
     return next(sentence for applies, sentence in sentences if applies)
 
 
-_UNREACHABLE = {'TransportError', 'ConnectionError', 'Timeout'}
+_UNREACHABLE = {'TransportError', 'ConnectionError', 'Timeout', 'TimeoutError'}
 
 
-def _kinds(error: BaseException | None) -> set[str]:
+def _kinds(error: BaseException) -> set[str]:
     """Names of an error's types: huggingface_hub has changed its HTTP library more than once."""
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _is_missing(error: BaseException | None) -> bool:
-    return 'EntryNotFoundError' in _kinds(error) and 'LocalEntryNotFoundError' not in _kinds(error)
-
-
-def _download_checked(sha256: str, refusal: str, **request: Any) -> Path:
+def _download_checked(
+        sha256: str, refusal: str, repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None,
+) -> Path:
     """`_download`; a file that is not the right one is fetched once more, in case the cache was damaged."""
     for force in (False, True):
-        path = _download(**request, force=force)
+        path = _download(repo_id, filename, revision, cache_dir, force)
         if file_sha256(path) == sha256:
             return path
     raise UserError(refusal)
@@ -173,22 +130,20 @@ def _download(
         repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, force: bool = False,
 ) -> Path:
     """The cached file, downloaded if need be; a UserError has what huggingface_hub raised as its cause."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     request: dict[str, Any] = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
-    library: dict[str, Any] = dict(library_name='timm_lfnsb', library_version=__version__)
     try:
         cached = None if force else try_to_load_from_cache(**request)
-        if isinstance(cached, str) and revision and _COMMIT.fullmatch(revision):
+        if isinstance(cached, str) and Path(cached).parent.name == revision:  # a commit, which never changes
             return Path(cached)
         try:
             # One question first: where no answer comes, the download itself would go on asking for minutes.
-            get_hf_file_metadata(
-                hf_hub_url(repo_id, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT, **library)
+            get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision))
         except Exception as error:
             if _kinds(error) & _UNREACHABLE:
                 if isinstance(cached, str):
                     return Path(cached)
                 raise
-        return Path(hf_hub_download(**request, **library, force_download=force))
+        return Path(hf_hub_download(**request, force_download=force))
     except Exception as error:  # the client, its HTTP library and the file system each raise types of their own
         raise UserError(describe_error(error, repo_id, filename, revision)) from error

@@ -17,9 +17,6 @@ HUB_ORG = os.environ.get('TIMM_LFNSB_HUB_ORG') or DEFAULT_ORG
 HUB_REVISIONS: dict[str, str | None] = {'lfnsb.ferplus': None, 'lfn_small.ferplus': None}
 """The embedded weights, each with the commit of its repository (of `DEFAULT_ORG`): None until it is published there."""
 
-INPUT_SIZES: dict[str, int] = {}
-"""Height and width in pixels that embedded weights are for, where that is not 112."""
-
 
 def hub_id(name: str) -> str:
     """Hub repository of own weights, for instance 'timm-lfnsb/lfnsb.ferplus'."""

@@ -1,16 +1,14 @@
-"""State dict keys of the authors' released code, and ours.
-
-LFN and MFN name their layers there, LFNSB and DDAMFN number them.
-"""
+"""Keys of checkpoints: those of the authors' released code renamed to ours, all checked to be the model's."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
+import torch
+from timm.models import clean_state_dict
 from torch import nn
 
-# Their prefix -> ours; a second group counts the blocks of a stage after the one of stride 2.
+# Their prefix, with numbers or names -> ours; a second group counts the blocks of a stage after the one of stride 2.
 _PREFIXES: tuple[tuple[str, str], ...] = (
     (r'^(features\.0|conv1)\.', 'stem.0.'),
     (r'^(features\.1|conv2_dw)\.', 'stem.1.'),
@@ -46,13 +44,33 @@ _PARTS: tuple[tuple[str, str], ...] = (
 _DEAD = re.compile(r'\.conv_dw\.(bn|prelu)\.|\.CoordAtt\.Linear\.')
 
 
-def is_released(keys: Iterable[str]) -> bool:
-    """Whether keys of a state dict are those of the released code."""
-    return any('.mixed_depthwise_conv.' in key for key in keys)
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped).
+
+    Raises:
+        RuntimeError: When, the classifier aside, its keys are not the model's. timm loads leniently as soon as class
+            counts differ, and would leave what is missing at random values.
+    """
+    for wrapper in ('model_state_dict', 'state_dict'):
+        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = rename_keys(clean_state_dict(state_dict), model)
+    given, wanted = (
+        {key for key in keys if not key.startswith('fc.') and not key.endswith('.num_batches_tracked')}
+        for keys in (state_dict, model.state_dict()))
+    missing, foreign = sorted(wanted - given), sorted(given - wanted)
+    if missing or foreign:
+        raise RuntimeError(f'The checkpoint is of another network. Missing keys: {len(missing)} {missing[:3]}; '
+                           f'unexpected keys: {len(foreign)} {foreign[:3]}.')
+    return state_dict
 
 
 def rename_keys(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The state dict with the keys of `model`, without those of parts that the released code never uses."""
+    """The state dict with the keys of `model`, if it has those of the released code, else as it is.
+
+    Parts that the released code never uses are left out.
+    """
+    if not any('.mixed_depthwise_conv.' in key for key in state_dict):
+        return state_dict
     out: dict[str, Any] = {}
     for key, value in state_dict.items():
         # Their networks with an embedding head call its norm 'bn'; in the others that name is dead.
