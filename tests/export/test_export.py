@@ -128,25 +128,6 @@ def test_onnx_file(name, exported):
     assert (metadata['model'], metadata['input'], metadata['precision']) == (f'{name}.affectnet8', 'normalized', 'fp32')
 
 
-def test_onnx_runtime_keeps_its_layout(exported, tmp_path):
-    """In the blocked layout from the first convolution to the head, also where the batch has no number."""
-    file, optimized = exported('lfnsb', '.onnx')[1], tmp_path / 'optimized.onnx'
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(optimized)
-    options.log_severity_level = 3  # it says that such a file is for this machine alone
-    onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-    nodes = onnx.load(optimized).graph.node
-    if not any('nchwc' in node.domain for node in nodes):
-        pytest.skip('this build of ONNX Runtime has no blocked layout (it needs x86-64 or a newer release)')
-    assert [node.op_type for node in nodes if node.op_type.startswith('Reorder')] == ['ReorderOutput']
-    assert sum('nchwc' not in node.domain for node in nodes if node.op_type == 'Conv') == 1  # the head's is 1-D
-    # Activations and sums are part of a convolution: alone they would run on one thread at batch 1.
-    assert not {'Relu', 'HardSwish', 'Sigmoid', 'Add', 'Sum'} & {node.op_type for node in nodes}
-    # Each map is multiplied once, with the product of its enlarged gates.
-    enlarged = {output for node in nodes if node.op_type == 'Upsample' for output in node.output}
-    assert sorted(len(enlarged & set(node.input)) for node in nodes if node.op_type == 'Mul') == [0] * 34 + [2] * 34
-
-
 @pytest.mark.parametrize('suffix, options', [
     ('.onnx', dict(batch=2, with_preprocess=True)),
     ('.onnx', dict(precision='fp16')),
