@@ -4,7 +4,6 @@ No test looks at how long anything took.
 """
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import os
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from click.testing import CliRunner
 from support import ROOT
@@ -86,15 +84,6 @@ def test_networks_have_their_sizes_weights_and_scale(tmp_path):
             assert 1e-4 < network.plain(scale * torch.rand(3, 3, 64, 64)).abs().max() < 100
 
 
-def test_a_training_step_trains():
-    model = timm.create_model('mobilefacenet', img_size=32)
-    before = copy.deepcopy(model.state_dict())
-    step = measure.training_step(model, torch.randn(4, 3, 32, 32), compiled=False)
-    assert all(np.isfinite(step()) for _ in range(3)) and model.training
-    after = model.state_dict()
-    assert all(not torch.equal(before[name], after[name]) for name in ('stem.0.conv.weight', 'fc.weight'))
-
-
 def test_run(tmp_path):
     report = run(batches=[1, 2], train=True, train_batch=2)
     assert [(row['task'], row['batch'], row['model']) for row in report['results']] == [
@@ -118,15 +107,7 @@ def test_exported_runtimes_and_files(tmp_path):
 
 
 def test_what_computes_something_else_is_not_timed(monkeypatch):
-    class Wrong(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return 1.01 * self.model(x)
-
-    monkeypatch.setattr(measure, 'reparameterize_model', Wrong)
+    monkeypatch.setattr(measure, 'reparameterize_model', lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
     report = run(models=[TINY], peers=[])
     assert ['ms_per_image' in row for row in report['results']] == [False]
     text = format_report(report)
@@ -166,19 +147,6 @@ def test_a_missing_runtime(monkeypatch):
     monkeypatch.setitem(sys.modules, 'openvino', None)
     [row] = run(models=[TINY], peers=[], runtimes=['openvino'])['results']
     assert 'pip install "timm-lfnsb[export]"' in row['error']
-
-
-def test_command_line_errors(tmp_path):
-    (tmp_path / 'other.json').write_text('[1]')
-    for arguments, part in (
-            ((SMALL, '--batch', '1,many'), "'many' is not a valid integer"), ((SMALL, '--batch', '0'), 'x>=1'),
-            ((SMALL, '--runtime', 'eager,gpu'), "'gpu' is not one of"),
-            ((SMALL, '--plot', str(tmp_path / 'bench.xyz')), '.png'),
-            (('--show', str(tmp_path / 'none.json')), 'No such file'),
-            (('--show', str(tmp_path / 'other.json')), 'is not a report')):
-        result = invoke(*arguments)
-        assert result.exit_code in (1, 2) and part in result.output and isinstance(result.exception, SystemExit)
-    assert os.listdir(tmp_path) == ['other.json']
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Exported files: the same outputs in every runtime, what they say about themselves, and what is refused."""
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from timm_lfnsb.bench import process
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.export import export
@@ -27,7 +29,6 @@ from timm_lfnsb.predict.images import sample_picture
 onnx = pytest.importorskip('onnx', reason="pip install 'timm-lfnsb[export]' to test exports")
 onnxruntime = pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]' to test exports")
 
-NAMES = ('lfnsb', 'lfn_small', 'mfn', 'ddamfn', 'mobilefacenet')
 SIZE = 48  # a final map of 3x3, odd as at 112 px
 
 
@@ -65,19 +66,34 @@ def run_onnx(file: Path, images: torch.Tensor) -> np.ndarray:
 
 def needs(suffix: str) -> None:
     """Skip where the runtime of a file is not installed."""
-    if suffix == '.xml':
-        pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]'")
-    if suffix == '.pte':
-        pytest.importorskip('executorch.runtime', reason="pip install 'timm-lfnsb[executorch]'", exc_type=ImportError)
+    package, extra = {'.xml': ('openvino', 'export'), '.pte': ('executorch.runtime', 'executorch')}.get(
+        suffix, ('onnx', 'export'))
+    pytest.importorskip(package, reason=f"pip install 'timm-lfnsb[{extra}]'", exc_type=ImportError)
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    """One of timm's own small models for tests, for what does not depend on ours: it is exported in no time."""
+    model = timm.create_model('test_resnet', num_classes=8).eval()
+    model.pretrained_cfg = dict(
+        model.pretrained_cfg, input_size=(3, SIZE, SIZE), crop_pct=1, label_names=list(EXPRESSIONS_8))
+    return model
 
 
 @pytest.fixture(scope='module')
-def small():
-    return create('lfnsb')
+def exported(tmp_path_factory):
+    """From a network's name and a suffix to the network, its file for any batch, and the report; each made once."""
+    @functools.cache
+    def export_once(name: str, suffix: str):
+        needs(suffix)
+        model, file = create(name), tmp_path_factory.mktemp(name) / f'model{suffix}'
+        return model, file, export_model(model, file, batch=None)
+
+    return export_once
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
-@pytest.mark.parametrize('name, in_chans', [*((name, 3) for name in NAMES), ('mfn', 1)])
+@pytest.mark.parametrize('name, in_chans', [('lfnsb', 3), ('mfn', 1), ('ddamfn', 3), ('mobilefacenet', 3)])
 def test_lowered_networks_compute_the_same(name, in_chans, runtime):
     model = create(name, in_chans=in_chans)
     images = torch.randn(2, in_chans, SIZE, SIZE)
@@ -89,78 +105,47 @@ def test_lowered_networks_compute_the_same(name, in_chans, runtime):
     for module in model.modules():
         if isinstance(module, nn.PReLU):
             nn.init.uniform_(module.weight, -1, 3)
-    model.reset_classifier(0)
     lowered = lower_network(timm.utils.reparameterize_model(model), runtime)
-    assert close(outputs(lowered, images), outputs(model, images))  # with steep slopes, without classifier
+    assert close(outputs(lowered, images), outputs(model, images))  # with steep slopes
 
 
-def test_exported_programs_hold_weights_as_their_convolutions_take_them(small):
-    """Delegates such as XNNPACK's want a convolution's weight as it is, not a view of something."""
-    program = torch.export.export(lower_network(small, 'torch'), (torch.zeros(1, 3, SIZE, SIZE),))
-    convolutions = [node for node in program.graph.nodes if 'conv2d' in str(node.target)]
-    assert len(convolutions) > 100 and all(node.args[1].op == 'placeholder' for node in convolutions)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_onnx_file(name, tmp_path):
+@pytest.mark.parametrize('name', ['lfnsb', 'ddamfn'])
+def test_onnx_file(name, exported):
     """Parity and metadata, by onnx and ONNX Runtime alone; any batch; no leftovers."""
-    model = create(name)
-    file = tmp_path / 'model.onnx'
-    report = export_model(model, file, batch=None)
-    assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
+    model, file, report = exported(name, '.onnx')
+    assert [path.name for path in file.parent.iterdir()] == ['model.onnx']
     assert report.path == file and report.count == 32 and report.agreement == 1 and report.relative_difference < 1e-5
     assert report.size == file.stat().st_size and 'labels agree on 32 of 32' in str(report)
     images = torch.randn(5, 3, SIZE, SIZE)
     expected = outputs(model, images)
     for batch in (1, 3, 5):
         assert close(run_onnx(file, images[:batch]), expected[:batch])
-
-    network = onnx.load(file)
-    metadata = {entry.key: entry.value for entry in network.metadata_props}
+    metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert json.loads(metadata['label_names']) == list(EXPRESSIONS_8)
     assert json.loads(metadata['input_size']) == [3, SIZE, SIZE]
     config = resolve_model_data_config(model)
     assert all(json.loads(metadata[key]) == pytest.approx(config[key]) for key in ('mean', 'std'))
     assert (metadata['model'], metadata['input'], metadata['precision']) == (f'{name}.affectnet8', 'normalized', 'fp32')
-    kinds = {node.op_type for node in network.graph.node}
-    assert not kinds & {'Transpose', 'Concat', 'Split', 'Slice', 'Gather', 'PRelu', 'ReduceMean', 'BatchNormalization'}
 
 
-@pytest.mark.parametrize('batch', [1, None])
-def test_onnx_runtime_keeps_its_layout(small, batch, tmp_path):
-    """In the blocked layout from the first convolution to the classifier, also where the batch has no number."""
-    file, optimized = tmp_path / 'model.onnx', tmp_path / 'optimized.onnx'
-    export_model(small, file, batch=batch)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(optimized)
-    options.log_severity_level = 3  # it says that such a file is for this machine alone
-    onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-    nodes = onnx.load(optimized).graph.node
-    if not any('nchwc' in node.domain for node in nodes):
-        pytest.skip('this build of ONNX Runtime has no blocked layout (it needs x86-64 or a newer release)')
-    assert [node.op_type for node in nodes if node.op_type.startswith('Reorder')] == ['ReorderOutput']
-    assert all('nchwc' in node.domain for node in nodes if node.op_type == 'Conv')
-    # Activations and sums are part of a convolution: alone they would run on one thread at batch 1.
-    assert not {'Relu', 'HardSwish', 'Sigmoid', 'Add', 'Sum'} & {node.op_type for node in nodes}
-    # Each map is multiplied once, with the product of its enlarged gates.
-    enlarged = {output for node in nodes if node.op_type == 'Upsample' for output in node.output}
-    assert sorted(len(enlarged & set(node.input)) for node in nodes if node.op_type == 'Mul') == [0] * 34 + [2] * 34
-
-
-@pytest.mark.parametrize('suffix, name, options', [
-    ('.onnx', 'lfnsb', dict(batch=2, with_preprocess=True)),
-    ('.xml', 'mfn', dict(batch=None)),
-    ('.pt2', 'mobilefacenet', dict(batch=None, with_preprocess=True)),
-    pytest.param('.pt2', 'lfnsb', dict(batch=None, precision='fp16'), marks=pytest.mark.slow),
-    pytest.param('.pte', 'lfnsb', dict(batch=2), marks=pytest.mark.slow),
+@pytest.mark.parametrize('suffix, options', [
+    ('.onnx', dict(batch=2, with_preprocess=True)),
+    ('.onnx', dict(precision='fp16')),
+    ('.xml', dict(batch=None, precision='fp16')),
+    ('.pt2', dict(batch=None, with_preprocess=True, precision='fp16')),
+    pytest.param('.pte', dict(batch=2), marks=pytest.mark.slow),
 ])
-def test_round_trip(suffix, name, options, tmp_path):
+def test_round_trip(suffix, options, tiny, tmp_path):
     """The model's outputs for more images than the batch has; images of another size are refused, not answered."""
     needs(suffix)
-    model, file = create(name), tmp_path / f'model{suffix}'
+    model, file, half = tiny, tmp_path / f'model{suffix}', options.get('precision') == 'fp16'
     report = export_model(model, file, **options)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == (['.bin', '.xml'] if suffix == '.xml' else [suffix])
     assert report.size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    if half:
+        assert report.agreement >= 0.96 and 1e-5 < report.relative_difference < 0.05
+        size = sum(4 * parameter.numel() for parameter in model.parameters())
+        assert suffix != '.onnx' or file.stat().st_size < 0.6 * size
     runtime = ExportedModel(file)
     assert runtime.batch_size == options.get('batch', 1)
     assert runtime.value('label_names') == list(EXPRESSIONS_8) and runtime.value('input_size') == [3, SIZE, SIZE]
@@ -168,24 +153,24 @@ def test_round_trip(suffix, name, options, tmp_path):
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
     given = pixels if options.get('with_preprocess') else images.numpy()
-    assert close(runtime(given), outputs(model, images), 0.05 if options.get('precision') == 'fp16' else 1e-4)
+    assert close(runtime(given), outputs(model, images), 0.05 if half else 1e-4)
     for other in (np.concatenate([given, given], 1), np.concatenate([given, given], 2)):
         with pytest.raises(UserError, match='does not run'):
             runtime(other)
 
 
-def test_openvino_graph_and_its_end_in_another_thread(tmp_path):
+def test_openvino_graph_and_its_end_in_another_thread(exported):
     """OpenVINO's plugin would free the signal stack of the main thread then; see `openvino_core`."""
-    needs('.xml')
-    file = tmp_path / 'model.xml'
-    export_model(create('mfn'), file)
+    model, file, _ = exported('mfn', '.xml')
+    images = torch.randn(3, 3, SIZE, SIZE)
+    assert close(ExportedModel(file)(images.numpy()), outputs(model, images), 1e-4)
     network = openvino_core().read_model(file)
     assert json.loads(network.get_rt_info(['timm_lfnsb', 'label_names']).astype(str)) == list(EXPRESSIONS_8)
     kinds = {operation.get_type_name() for operation in network.get_ops()}
     assert {'PRelu', 'AvgPool', 'HSwish'} <= kinds and not kinds & {'Transpose', 'Concat', 'Split', 'ReduceMean'}
     code = '''if True:
-        import faulthandler, signal, subprocess, sys, threading
-        from timm_lfnsb.predict.exported import ExportedModel
+        import faulthandler, runpy, signal, subprocess, sys, threading
+        ExportedModel = runpy.run_path(sys.argv[2])['import_exported']().ExportedModel  # without torch: quick
         faulthandler.enable()
         signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's DataLoader does
         models = [ExportedModel(sys.argv[1])]
@@ -195,19 +180,8 @@ def test_openvino_graph_and_its_end_in_another_thread(tmp_path):
         subprocess.run([sys.executable, '-c', ''], check=True)
         print('alive')
     '''
-    result = subprocess.run([sys.executable, '-c', code, str(file)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, '-c', code, str(file), process.__file__], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == 'alive\n', result.stderr
-
-
-def test_half_precision_halves_the_file(small, tmp_path):
-    file = tmp_path / 'half.onnx'
-    report = export_model(small, file, precision='fp16')
-    assert report.precision == 'fp16' and report.agreement >= 0.96 and 1e-5 < report.relative_difference < 0.05
-    assert file.stat().st_size < 0.6 * sum(4 * parameter.numel() for parameter in small.parameters())
-    huge = create('lfnsb')
-    nn.init.constant_(huge.get_classifier().weight, 1e6)
-    with pytest.raises(UserError, match='beyond half precision'):
-        export_model(huge, tmp_path / 'huge.onnx', precision='fp16')
 
 
 @pytest.fixture(scope='module')
@@ -230,43 +204,39 @@ def test_int8(suffix, crops, tmp_path):
     model = timm.create_model('lfnsb', pretrained=True)  # random weights do not tell labels apart
     file = tmp_path / f'model{suffix}'
     report = export_model(model, file, precision='int8', calibrate=crops)
-    assert report.agreement is not None and report.agreement >= 0.85 and report.max_difference > 0
+    assert report.agreement is not None and report.agreement >= 0.85
     assert ExportedModel(file).metadata['precision'] == 'int8' and report.size < 7e6
     if suffix == '.onnx':
         weights = onnx.load(file).graph.initializer
         assert sum(weight.data_type == onnx.TensorProto.INT8 and len(weight.dims) == 4 for weight in weights) > 60
 
 
-def test_other_timm_models_and_channels(tmp_path, monkeypatch):
-    """A model of timm itself, of one channel and without label names, and without scikit-image's sample picture."""
+def test_other_models_and_channels(tiny, tmp_path, monkeypatch):
+    """One channel and no label names, without scikit-image's sample picture; no classifier; values beyond half."""
     monkeypatch.setitem(sys.modules, 'skimage', None)
-    model = timm.create_model('resnet10t', in_chans=1, num_classes=5).eval()
-    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(1, 64, 64), label_names=None)
-    report = export_model(model, tmp_path / 'r.onnx')
-    assert report.agreement == 1
+    grey = timm.create_model('test_resnet', in_chans=1, num_classes=5).eval()
+    grey.pretrained_cfg = dict(grey.pretrained_cfg, input_size=(1, 64, 64), label_names=None)
+    assert export_model(grey, tmp_path / 'r.onnx').agreement == 1
     runtime = ExportedModel(tmp_path / 'r.onnx')
     assert 'label_names' not in runtime.metadata and runtime.value('input_size') == [1, 64, 64]
     assert len(runtime.value('mean')) == 1
-    embedding = create('lfn_small')
-    embedding.reset_classifier(0)
-    embedding.pretrained_cfg = dict(embedding.pretrained_cfg, label_names=None)
-    assert export_model(embedding, tmp_path / 'e.onnx').agreement is None
+    nn.init.constant_(tiny.fc.weight, 1e6)
+    with pytest.raises(UserError, match='disagrees with the model'):
+        export_model(tiny, tmp_path / 'huge.onnx', precision='fp16')
+    tiny.reset_classifier(0)
+    tiny.pretrained_cfg['label_names'] = None
+    assert export_model(tiny, tmp_path / 'e.onnx').agreement is None
 
 
-@pytest.mark.parametrize('suffix', ['.onnx', pytest.param('.xml', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('change, precision, message', [
     (0.5, 'fp32', 'disagrees with the model, so it was not kept'),
     (0.03, 'fp16', 'labels agree on 0 of 32'),  # within the tolerance, but enough for the second label
 ])
-def test_disagreement_leaves_no_file(change, precision, message, suffix, tmp_path, monkeypatch):
-    needs(suffix)
-    model = create('lfnsb')
-    nn.init.constant_(model.fc.weight, 0.)
-    model.fc.bias.data = torch.tensor([1., 1.] + [0.] * 6)
-    old = tmp_path / f'old{suffix}'
-    old.write_text('old')
-    if suffix == '.onnx':
-        assert export_model(model, old).agreement == 1  # a tie is no disagreement
+def test_disagreement_leaves_no_file(change, precision, message, tiny, tmp_path, monkeypatch):
+    nn.init.constant_(tiny.fc.weight, 0.)
+    tiny.fc.bias.data = torch.tensor([1., 1.] + [0.] * 6)
+    old = tmp_path / 'old.onnx'
+    assert export_model(tiny, old).agreement == 1  # a tie is no disagreement
     content = old.read_bytes()
 
     def wrong(model, *_):
@@ -274,21 +244,17 @@ def test_disagreement_leaves_no_file(change, precision, message, suffix, tmp_pat
         model.fc.bias.data[1] += change
         return model
 
-    model.fc.bias.data[0] += 0.02
+    tiny.fc.bias.data[0] += 0.02
     monkeypatch.setattr(export, 'lower_network', wrong)
-    for file in (tmp_path / f'new{suffix}', old):
+    for file in (tmp_path / 'new.onnx', old):
         with pytest.raises(UserError, match=message):
-            export_model(model, file, precision=precision)
+            export_model(tiny, file, precision=precision)
     assert [path.name for path in tmp_path.iterdir()] == [old.name] and old.read_bytes() == content
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(out='m.bin'), 'm.bin: end it in one of'),
-    (dict(out='m.onnx', format='openvino'), 'of the format onnx, not openvino'),
-    (dict(out='m.onnx', batch=0), 'batch must be 1 or more'),
-    (dict(out='m.onnx', precision='fp8'), "no precision 'fp8'"),
+    (dict(out='m.bin'), 'm.bin: end the name in one of'),
     (dict(out='m.pte', batch=None), 'fixed batch'),
-    (dict(out='m.pte', precision='fp16'), 'fp32'),
     (dict(out='m.pt2', precision='int8', calibrate='x'), 'not for torch-export'),
     (dict(out='m.onnx', precision='int8'), '--calibrate'),
     (dict(out='m.onnx', calibrate='x'), '--calibrate'),
@@ -296,31 +262,30 @@ def test_disagreement_leaves_no_file(change, precision, message, suffix, tmp_pat
     (dict(out='m.onnx', precision='int8', calibrate='empty'), 'empty has no images'),
     (dict(out='m.onnx', precision='int8', calibrate='few'), 'few has 1 images'),
     (dict(out='no/m.onnx'), 'make it first'),
-    (dict(out='folder.onnx'), 'is a folder'),
 ])
-def test_refused(small, arguments, message, tmp_path, monkeypatch):
+def test_refused(tiny, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ('empty', 'few', 'folder.onnx'):
+    for folder in ('empty', 'few'):
         (tmp_path / folder).mkdir()
     Image.new('L', (9, 9)).save('few/face.png')
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(UserError, match=message):
-        export_model(small, **arguments)
+        export_model(tiny, **arguments)
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_what_fails_is_one_sentence(small, tmp_path, monkeypatch):
+def test_what_fails_is_one_sentence(tiny, tmp_path, monkeypatch):
     """A failing exporter, and packages that are missing when a file is written or opened."""
     def fail(*_, **__):
         raise ValueError('no\nsuch operator')
 
     monkeypatch.setattr(torch.onnx, 'export', fail)
     with pytest.raises(UserError, match=r'cannot be exported as onnx: no such operator'):
-        export_model(small, tmp_path / 'm.onnx')
+        export_model(tiny, tmp_path / 'm.onnx')
     for package in ('onnx', 'onnxruntime', 'executorch', 'executorch.runtime'):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r'exported as onnx: it needs onnx: pip install "timm-lfnsb\[export\]"'):
-        export_model(small, tmp_path / 'm.onnx')
+        export_model(tiny, tmp_path / 'm.onnx')
     assert not list(tmp_path.iterdir())
     for suffix, package, extra in (('.onnx', 'onnxruntime', 'export'), ('.pte', 'executorch', 'executorch')):
         (tmp_path / f'm{suffix}').touch()
@@ -340,20 +305,11 @@ def test_damaged_files(suffix, tmp_path):
     assert not any(map(is_exported, ('lfnsb.ferplus', f'hf-hub:a/b{suffix}', f'local-dir:x{suffix}', 'm.safetensors')))
 
 
-@pytest.mark.parametrize('args, message', [
-    ([], 'labels agree on 32 of 32'),
-    (['--batch', 'many'], '--batch is a number'),
-    (['--precision', 'int8'], '--calibrate'),
-])
-def test_command(args, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ['export', 'lfnsb', 'm.onnx', *args])
-    assert message in result.output and 'Traceback' not in result.output
-    if args:
-        assert result.exit_code != 0 and result.output.splitlines()[-1].startswith('Error: ')
-        assert not list(tmp_path.iterdir())
-    else:
-        assert result.exit_code == 0 and ExportedModel('m.onnx').metadata['model'] == 'lfnsb.ferplus'
+def test_command(tmp_path):
+    file = tmp_path / 'm.onnx'
+    result = CliRunner().invoke(main, ['export', 'lfnsb', str(file)])
+    assert result.exit_code == 0 and 'labels agree on 32 of 32' in result.output
+    assert ExportedModel(file).metadata['model'] == 'lfnsb.ferplus'
 
 
 @pytest.mark.parametrize('reparameterize', [True, False])
@@ -370,14 +326,3 @@ def test_torchs_exporter_with_a_dynamic_size(reparameterize, tmp_path):
     for height, width in ((80, 64), (64, 80), (128, 128)):
         with pytest.raises(Exception, match='Non-zero status code'):
             run_onnx(file, torch.randn(1, 3, height, width))
-
-
-def test_timms_own_script(timm_scripts, tmp_path):
-    """It compares the two itself, with --check-forward."""
-    file = tmp_path / 'lfnsb.onnx'
-    result = subprocess.run(
-        [sys.executable, '-m', 'timm_lfnsb', 'run', 'onnx_export.py', file, '--model', 'lfnsb', '--check-forward',
-         '--reparam'], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    images = torch.randn(2, 3, 112, 112)
-    assert close(run_onnx(file, images), outputs(timm.create_model('lfnsb', pretrained=True).eval(), images), 1e-4)

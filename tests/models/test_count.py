@@ -1,4 +1,4 @@
-"""Counting against the design's table, the README and a count by hand."""
+"""Counting against the design's table and the README."""
 from __future__ import annotations
 
 import json

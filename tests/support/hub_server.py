@@ -1,7 +1,7 @@
 """A small Hub on loopback for the real huggingface_hub client, with faults to order, and a process that talks to it.
 
 Only what the client of the tests asks for: repositories with commits, branches, private ones and pull requests;
-files, from 10 kB on behind a redirect to a "CDN", with ranges; a token.
+files, from 10 kB on behind a redirect to a "CDN"; a token.
 """
 from __future__ import annotations
 
@@ -49,9 +49,8 @@ class Repo:
 class HubServer(ThreadingHTTPServer):
     """Use as a context manager; `url` is the HF_ENDPOINT, `log` has method, path and headers of each request.
 
-    `faults` says what to do wrong, by name, for how many requests (-1: all): on the way of a large file 'cut' (half of
-    it, then hang up), 'stall' (half of it, then nothing), 'short' (half of it, called the whole), 'altered', 'hang' (no
-    answer); for metadata 'silent' (no answer) and 'busy' (503).
+    `faults` says what to do wrong, by name, for how many requests (-1: all): on the way of a large file 'short' (half
+    of it, called the whole) and 'altered'; for metadata 'silent' (no answer).
     """
     daemon_threads = True
 
@@ -64,7 +63,6 @@ class HubServer(ThreadingHTTPServer):
         self.faults: Counter[str] = Counter()
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.closing = threading.Event()
-        self.stalled = threading.Event()
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
@@ -140,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.log.append((self.command, unquote(self.path), headers))
-        if self.server.fault('silent' if '/resolve/' in url.path else 'hang' if '/cdn/' in url.path else ''):
+        if '/resolve/' in url.path and self.server.fault('silent'):
             self.server.closing.wait(30)
             return
         try:
@@ -155,8 +153,6 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_request
 
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
-        if self.server.fault('busy'):
-            raise Refusal(503, '', 'Service Unavailable')
         repo = self.repo(repo_id)
         commit = repo.resolve(revision)
         if commit is None:
@@ -178,20 +174,7 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:-1] + bytes([content[-1] ^ 1])
         if self.server.fault('short'):
             content = content[:len(content) // 2]
-        match = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        start, total = int(match[1]) if match else 0, len(content)
-        self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(total - start))
-        if start:
-            self.send_header('Content-Range', f'bytes {start}-{total - 1}/{total}')
-        self.end_headers()
-        cut, stall = self.server.fault('cut'), self.server.fault('stall')
-        self.wfile.write(content[start:(start + total) // 2 if cut or stall else total])
-        self.close_connection = cut or stall
-        if stall:
-            self.wfile.flush()
-            self.server.stalled.set()
-            self.server.closing.wait(30)
+        self.answer(200, content)
 
     def model(self, repo_id: str, revision: str = 'main') -> None:
         repo = self.repo(repo_id)

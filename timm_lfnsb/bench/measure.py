@@ -153,11 +153,12 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
     a runtime could leave out what is multiplied by zero. Slopes of PReLU become different: exporters share equal
     tensors, and OpenVINO does not fuse a PReLU whose slopes are shared.
     """
-    def settle(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def settle(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, nn.PReLU):
             module.weight.uniform_(0.2, 0.3)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_var.copy_(inputs[0].square().mean([dim for dim in range(inputs[0].ndim) if dim != 1]))
+            dims = [0, *range(2, inputs[0].ndim)]
+            module.running_var.copy_(inputs[0].square().mean(dims))  # type: ignore[union-attr]
             if module.affine:
                 module.weight.masked_fill_(module.weight == 0, 1.)
 
@@ -168,7 +169,7 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
 def training_step(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callable[[], float]:
     """A step of `train.py --cosine-harmony 1 --opt adamw` on random labels, which returns the loss."""
     images = images.to(memory_format=torch.channels_last)
-    model = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.train().to(memory_format=torch.channels_last)
     labels = torch.randint(model.num_classes, (len(images),))  # type: ignore[call-overload]
     task = CosineHarmonyTask(model, nn.CrossEntropyLoss(), verbose=False)
     optimizer = create_optimizer_v2(task.trainable_module, opt='adamw', lr=1e-4)

@@ -1,4 +1,5 @@
 """`timm-lfnsb bench`."""
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,9 @@ from ..errors import UserError
 from ..util.files import write_json
 
 
-class CommaList(click.ParamType):
-    """Values of one type with commas between them."""
-
-    name = 'list'
-
-    def __init__(self, kind: click.ParamType):
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        return tuple(self.kind.convert(part.strip(), param, ctx) for part in value.split(','))
+def _list_of(kind: click.ParamType) -> Callable[[str], tuple[Any, ...]]:
+    """Values with commas between them."""
+    return lambda text: tuple(kind.convert(part.strip(), None, None) for part in text.split(','))
 
 
 @click.command()
@@ -25,10 +19,10 @@ class CommaList(click.ParamType):
 @click.option('--peer', 'peers', multiple=True, metavar='MODEL[@SIZE]', default=('resnet18@112',), show_default=True,
               help='A timm model to compare with, may be repeated; ratios refer to the first. none for none.')
 @click.option('--runtime', 'runtimes', metavar='LIST',
-              type=CommaList(click.Choice(['eager', 'compiled', 'onnxruntime', 'openvino'])),
+              type=_list_of(click.Choice(['eager', 'compiled', 'onnxruntime', 'openvino'])),
               help='Of eager, compiled, onnxruntime, openvino.  [default: eager, and the last two where installed]')
 @click.option('--batch', 'batches', default='1,8,32', show_default=True, metavar='LIST',
-              type=CommaList(click.IntRange(min=1)), help='Images of a prediction.')
+              type=_list_of(click.IntRange(min=1)), help='Images of a prediction.')
 @click.option('--threads', type=click.IntRange(min=1), help="Of every runtime.  [default: torch's choice]")
 @click.option('--train', is_flag=True, help='Also time training steps: eager, and compiled where --runtime names it.')
 @click.option('--train-batch', default=32, show_default=True, type=click.IntRange(min=2), help='Images of such a step.')

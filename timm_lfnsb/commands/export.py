@@ -8,8 +8,6 @@ import click
 @click.command()
 @click.argument('model')
 @click.argument('out', type=click.Path(path_type=Path))
-@click.option('--format', type=click.Choice(['onnx', 'openvino', 'torch-export', 'executorch']),
-              help="Kind of file. [default: by OUT's suffix: .onnx, .xml, .pt2, .pte]")
 @click.option('--batch', default='1', show_default=True, metavar='N|dynamic', help='Images the file takes at a time.')
 @click.option('--precision', default='fp32', show_default=True, type=click.Choice(['fp32', 'fp16', 'int8']),
               help='fp16: weights in half precision. int8: quantised; onnx and openvino, with --calibrate.')
@@ -19,6 +17,8 @@ import click
               help='Face crops for int8: a folder, or a prepared data set, whose training split is taken.')
 def export(model: str, out: Path, batch: str, **options: Any) -> None:
     """Write MODEL as the file OUT for another runtime, and compare the two.
+
+    OUT ends in .onnx (ONNX Runtime), .xml (OpenVINO), .pt2 (torch.export) or .pte (ExecuTorch).
 
     MODEL is a timm name with weights, local-dir:PATH or hf-hub:ID. It is reparameterised, and its label names and input
     settings go into the file. The file is then run in its own runtime: if it disagrees with the model, there is none.

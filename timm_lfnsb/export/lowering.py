@@ -6,7 +6,6 @@ For export alone: no training, one image size, results equal to rounding. What e
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from ..models.cpu import FusedBottleneck
-from ..models.layers import ConvNormAct, DirectionAttention
-from ..models.networks import MixedFeatureNet, SpatialBiasHead
+from ..models.layers import ConvNormAct
+from ..models.networks import MixedFeatureNet
 
 RUNTIMES = ('onnxruntime', 'openvino', 'torch')  # the last: exported programs, ExecuTorch's too
 
@@ -33,11 +32,8 @@ def _whole_blocks(chs: int) -> int:
 @torch.no_grad()
 def lower_network(model: nn.Module, runtime: str) -> nn.Module:
     """A reparameterised copy of a timm model, networks of this zoo in the operators that suit one of `RUNTIMES`."""
-    assert runtime in RUNTIMES
     model = reparameterize_model(copy.deepcopy(model).eval(), inplace=True).eval()
     if isinstance(model, MixedFeatureNet):
-        if isinstance(model.head, SpatialBiasHead) and model.global_pool:
-            _lower_spatial_bias(model, model.head)
         _lower_children(model, runtime)
     return model
 
@@ -46,10 +42,6 @@ def _lower_children(module: nn.Module, runtime: str) -> None:
     for name, child in module.named_children():
         if isinstance(child, FusedBottleneck):
             setattr(module, name, LoweredBottleneck(child, runtime))
-        elif isinstance(child, DirectionAttention):
-            reduce, *gates = ((conv.weight, conv.bias) for conv in (child.conv1, child.conv_h, child.conv_w))
-            strips = (child.strip_h.conv, child.strip_w.conv)
-            setattr(module, name, LoweredGates(reduce, gates, child.conv1.in_channels, runtime, strips))
         elif isinstance(child, ConvNormAct) and runtime != 'torch':
             slopes = child.act.weight if hasattr(child, 'act') else None
             setattr(module, name, child.conv if slopes is None else _lower_act(child.conv, slopes, runtime))
@@ -74,36 +66,30 @@ class LoweredBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv_dw(self.expand(x))
-        for gate in self.gates.factors(y):
+        for gate in self.gates(y):
             y = y * gate
         y = self.project(y)
         return y + x if self.residual else y
 
 
 class LoweredGates(nn.Module):
-    """The gates of a coordinate attention over `chs` channels, each in the form that its runtime keeps in its layout.
+    """The gates of a coordinate attention over `chs` channels, in the form that its runtime keeps in its layout."""
 
-    `strips` are convolutions that take the place of the average pools over rows and columns.
-    """
-
-    def __init__(
-            self, reduce: Layer, gates: Sequence[Layer], chs: int, runtime: str, strips: Sequence[nn.Module] = ()):
+    def __init__(self, reduce: Layer, gates: Sequence[Layer], chs: int, runtime: str):
         super().__init__()
         # ONNX Runtime fuses the hard-swish into a convolution right before it, and leaves its layout for a broadcast
         # but not for a Resize; for OpenVINO broadcasts are free, and pooling costs less behind the convolution.
-        self.resize = runtime == 'onnxruntime'
-        self.conv_first = runtime == 'openvino' and not strips
-        self.strips = nn.ModuleList(strips)
+        self.resize, self.conv_first = runtime == 'onnxruntime', runtime == 'openvino'
         rd_chs = _whole_blocks(len(reduce[0])) if self.resize else len(reduce[0])
         self.conv1 = _conv(reduce, chs, rd_chs)
         self.gate_convs = nn.ModuleList(_conv(gate, rd_chs, chs) for gate in gates)
 
-    def factors(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What a map is multiplied by: the gates (B, C, H, 1) and (B, C, 1, W), for ONNX Runtime their product."""
         height, width = int(x.shape[2]), int(x.shape[3])  # while tracing they are tensors
         if self.conv_first:
             x = self.conv1(x)
-        pooled = [strip(x) for strip in self.strips] or [F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))]
+        pooled = [F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))]
         if not self.conv_first:
             pooled = [self.conv1(strip) for strip in pooled]
         gate_h, gate_w = (self.gate_convs[i](F.hardswish(pooled[i])).sigmoid() for i in (0, 1))
@@ -112,9 +98,6 @@ class LoweredGates(nn.Module):
             gate_w = F.interpolate(gate_w, scale_factor=(float(height), 1.), mode='nearest')
             return [gate_h * gate_w]  # all on the thread that has enlarged them, and the map is read but once
         return [gate_h, gate_w]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functools.reduce(torch.mul, self.factors(x))
 
 
 class ConvPReLU(nn.Module):
@@ -138,31 +121,6 @@ class ConvPReLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         return self.linear(x) + self.gain(F.relu(self.positive(x)))
-
-
-class PooledMap(nn.Module):
-    """What is left of the Spatial Bias head: 1x1 convolution, ReLU, average pool to 2x2, all in one row."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        size = int(x.shape[2]), int(x.shape[3])
-        x = F.relu(self.conv(x))
-        return F.avg_pool2d(x, [(side + 1) // 2 for side in size], [side // 2 for side in size]).flatten(1)
-
-
-def _lower_spatial_bias(model: MixedFeatureNet, head: SpatialBiasHead) -> None:
-    """Write what follows the pool of Spatial Bias, which is linear, and the classifier as one linear layer."""
-    entries = 4 * head.reduce.conv.out_channels
-    probes = torch.cat([torch.eye(entries), torch.zeros(1, entries)]).view(entries + 1, -1, 2, 2)
-    outputs = model.fc(head.conv(probes.flatten(2).transpose(1, 2)).transpose(1, 2).flatten(1))
-    linear = nn.Linear(entries, outputs.shape[1])
-    linear.weight.copy_((outputs[:-1] - outputs[-1]).T)
-    linear.bias.copy_(outputs[-1])
-    model.head = PooledMap(head.reduce.conv)
-    model.fc = linear
 
 
 def _lower_act(conv: nn.Conv2d, slopes: torch.Tensor, runtime: str) -> nn.Module:
