@@ -8,27 +8,78 @@ from skimage.transform import SimilarityTransform
 
 from timm_lfnsb import align_face
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.predict.faces import FIVE_POINT_TEMPLATE, HaarDetector, align_matrix, aligned_box, clip_box, crop_face
+from timm_lfnsb.predict import faces
+from timm_lfnsb.predict.faces import (
+    FIVE_POINT_TEMPLATE,
+    YuNetDetector,
+    align_matrix,
+    aligned_box,
+    clip_box,
+    crop_face,
+    crop_upright,
+)
+from timm_lfnsb.util.files import file_sha256
 
 
 def test_faces_of_any_size_largest_first(portrait):
-    detector = HaarDetector()
-    for scale in (0.5, 1, 5):  # 5: beyond the size that is searched
-        boxes = detector(cv2.resize(portrait, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
-        assert boxes.shape == (1, 4)
-        np.testing.assert_allclose(boxes[0] / scale, (76, 46, 97, 97), atol=13)
+    detector = YuNetDetector()
+    for scale in (0.25, 0.5, 1, 5, 20):  # 0.25: a face of 28 pixels; 20: beyond the size that is searched
+        [face] = detector(cv2.resize(portrait, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+        np.testing.assert_allclose(np.array(face.box) / scale, (79, 43, 90, 112), atol=8)
+        assert 0.8 < face.score < 1 and face.turn == 0
+        points = [(104, 81), (145, 82), (123, 105), (103, 124), (140, 122)]
+        np.testing.assert_allclose(face.points / scale, points, atol=6)
     image = np.zeros((200, 400, 3), np.uint8)
     image[:133, :160], image[:, 160:] = cv2.resize(portrait, (160, 133), interpolation=cv2.INTER_AREA), portrait
     first, second = detector(image)
-    assert first[2] > second[2] and first[0] > 160 > second[0] + second[2]
-    for size in ((1, 1), (1, 3000), (200, 300)):
-        assert detector(np.full((*size, 3), 128, np.uint8)).shape == (0, 4)
+    assert first.box[2] > second.box[2] and first.box[0] > 160 > second.box[0] + second.box[2]
+    [filling] = detector(cv2.resize(portrait[40:160, 75:175], (2000, 2400)))  # nothing but the face
+    assert filling.box[3] > 1800
 
 
-def test_missing_cascade(monkeypatch, tmp_path):
-    monkeypatch.setattr(cv2.data, 'haarcascades', str(tmp_path))
-    with pytest.raises(UserError, match='opencv-python-headless<5'):
-        HaarDetector()
+def test_nothing_to_find():
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (1, 3000), (3000, 2), (32, 320), (10, 1024), (200, 300)):
+        for image in (np.full((*size, 3), 128, np.uint8), rng.integers(0, 255, (*size, 3), dtype=np.uint8)):
+            assert YuNetDetector()(image) == []
+
+
+@pytest.mark.parametrize('turn', [90, 180, 270])
+def test_turned_pictures(portrait, turn):
+    image = np.ascontiguousarray(np.rot90(portrait, -turn // 90))
+    [face], [upright] = YuNetDetector()(image), YuNetDetector()(portrait)
+    assert face.turn == turn and all(other.turn == 0 for other in YuNetDetector(turn=False)(image))
+    expected = crop_upright(portrait, upright.box, upright.points)
+    np.testing.assert_allclose(crop_upright(image, face.box, face.points), expected, atol=4)
+    assert sorted(face.box[2:]) == pytest.approx(sorted(upright.box[2:]), abs=0.1)
+
+
+def test_upright_crops(portrait):
+    [upright] = YuNetDetector()(portrait)
+    smooth = cv2.GaussianBlur(portrait, (0, 0), 3)
+    expected = crop_upright(smooth, upright.box, upright.points)
+    # She holds her head nearly upright.
+    assert np.abs(expected.astype(int) - crop_face(smooth, upright.box)).mean() < 12
+    x, y, width, height = upright.box
+    matrix = cv2.getRotationMatrix2D((x + width / 2 - 0.5, y + height / 2 - 0.5), 20, 1)
+    tilted = cv2.warpAffine(smooth, matrix, smooth.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+    points = upright.points @ matrix[:, :2].T + matrix[:, 2]
+    crop = crop_upright(tilted, upright.box, points)
+    assert np.abs(crop.astype(int) - expected)[20:-20, 20:-20].max() < 12
+
+
+def test_network_file(monkeypatch, tmp_path):
+    digest = '8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4'
+    assert file_sha256(faces.YUNET) == digest
+    assert 'Permission is hereby granted' in faces.YUNET.with_suffix('.LICENSE.txt').read_text()
+    monkeypatch.setattr(faces, 'YUNET', tmp_path / 'yunet.onnx')
+    for content in (faces.YUNET.name.encode(), b''):
+        faces.YUNET.write_bytes(content)
+        with pytest.raises(UserError, match='force-reinstall'):
+            YuNetDetector()
+    for score in (0, 1, float('nan')):
+        with pytest.raises(ValueError, match='min_score'):
+            YuNetDetector(score)
 
 
 def test_crop(gradient):

@@ -1,8 +1,12 @@
 """Reading images of every kind, and finding them in folders."""
 from __future__ import annotations
 
+import io
+import os
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from timm_lfnsb.errors import UserError
@@ -95,8 +99,32 @@ def test_wrong_arrays_and_types():
                          ((4, 4), '?'), ((4, 4), 'u4')):
         with pytest.raises(ImageError, match='image array'):
             read_image(np.zeros(shape, dtype))
-    with pytest.raises(TypeError, match='not bytes'):
-        read_image(b'photo.jpg')  # type: ignore[arg-type]
+    for wrong in (None, 3, ['photo.jpg']):
+        with pytest.raises(ImageError, match=r'not (NoneType|int|list)'):
+            read_image(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r'^frame 7: an image array'):
+        read_image(np.zeros((4, 4, 2), np.uint8), 'frame 7')
+
+
+def test_contents_and_tensors(gradient):
+    file = io.BytesIO()
+    Image.fromarray(gradient).save(file, 'PNG')
+    tensor = torch.from_numpy(gradient).permute(2, 0, 1)
+    for source in (file, file, file.getvalue(), tensor, tensor / 255, (tensor / 255).to(torch.float64)):
+        np.testing.assert_array_equal(read_image(source), gradient)
+    for source in (tensor[0], tensor[:1]):
+        np.testing.assert_array_equal(read_image(source), np.repeat(gradient[:, :, :1], 3, axis=2))
+    for source, message in ((tensor[None], 'shape'), (b'photo.jpg', 'not an image'), (tensor.float(), r'\[0, 1\]')):
+        with pytest.raises(ImageError, match=message):
+            read_image(source)
+
+
+@pytest.mark.parametrize('name, advice', [('a.heic', 'pillow-heif'), ('a.NEF', 'JPEG'), ('a.png', '')])
+def test_unknown_formats_say_what_reads_them(tmp_path, name, advice):
+    (tmp_path / name).write_bytes(bytes(500))
+    assert find_images(tmp_path)
+    with pytest.raises(ImageError, match=f'{name}.*{advice}'):
+        read_image(tmp_path / name)
 
 
 def test_find_images(tmp_path):
@@ -108,6 +136,8 @@ def test_find_images(tmp_path):
     expected = ['a.tiff', 'b/1.png', 'b/2.JPG', 'notes.txt']
     assert [path.relative_to(tmp_path).as_posix() for path, _ in found] == expected
     assert [relative.as_posix() for _, relative in found] == expected
+    os.symlink(tmp_path / 'round.jpg', tmp_path / 'round.jpg')
+    assert 'round.jpg' in [str(relative) for _, relative in find_images(tmp_path, skip=tmp_path / 'out')]
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='has no images'):
         find_images(tmp_path / 'empty')

@@ -1,7 +1,11 @@
 """ExpressionRecognizer: from images to named expressions, with models and exported files."""
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +18,14 @@ from timm.models import save_for_hf
 from timm_lfnsb import ExpressionRecognizer
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.labels import EXPRESSIONS_8
-from timm_lfnsb.predict.faces import FIVE_POINT_TEMPLATE, align_face, aligned_box
+from timm_lfnsb.predict.faces import (
+    FERPLUS_TEMPLATE,
+    FIVE_POINT_TEMPLATE,
+    Detection,
+    align_face,
+    aligned_box,
+    crop_upright,
+)
 from timm_lfnsb.predict.images import ImageError
 
 
@@ -51,15 +62,18 @@ def test_a_model_by_name_is_reparameterised_and_says_the_same(tmp_path, portrait
 
 def test_single_image(recognize, portrait):
     [face] = recognize(portrait)
-    np.testing.assert_allclose(face.box, (76, 46, 97, 97), atol=5)
+    np.testing.assert_allclose(face.box, (79, 43, 90, 112), atol=4)
     assert tuple(face.probabilities) == EXPRESSIONS_8
     assert sum(face.probabilities.values()) == pytest.approx(1)
     assert face.label == max(face.probabilities, key=face.probabilities.get) == 'happiness'  # NASA's portrait
     x, y, width, height = face.box
-    assert face.probabilities == near(probabilities(recognize.model, portrait[y:y + height, x:x + width]))
+    [detection] = recognize.detector(portrait)
+    assert face.probabilities == near(probabilities(
+        recognize.model, crop_upright(portrait, detection.box, detection.points)))
     assert json.loads(json.dumps(face.as_dict())) == {
         'box': [x, y, width, height], 'label': 'happiness', 'score': face.probabilities['happiness'],
-        'probabilities': face.probabilities}
+        'probabilities': face.probabilities, 'detection_score': detection.score, 'turn': 0,
+        'points': detection.points.tolist()}
 
 
 def test_mixed_list(recognize, portrait, tmp_path):
@@ -118,10 +132,64 @@ def test_what_is_cut_out(recognize, portrait):
 @pytest.mark.parametrize('found, message', [
     (np.zeros((2, 3)), 'boxes'), (np.ones((2, 4, 2)), 'boxes'), ([(np.nan, 0, 5, 5)], 'finite'),
     ([(600, 0, 5, 5)], 'outside'), (np.ones((1, 5, 2)), 'five_points'), (np.ones(4), 'boxes'),
+    ([(1, 2, 3, 4), (1, 2)], 'inhomogeneous'), ([(-1e6, -1e6, 2e6, 2e6)], 'larger than the image'), (7, 'len'),
 ])
 def test_bad_detector(recognize, portrait, found, message):
-    with pytest.raises(ValueError, match=message):
+    """One bad answer is an error in its place, and the others come out."""
+    answers = iter([[(70, 40, 90, 90)], found, None])
+    results = ExpressionRecognizer(recognize.model, detector=lambda image: next(answers)).stream([portrait] * 3)
+    [_], bad, none = results
+    assert isinstance(bad, ImageError) and re.match(f'image 2: .*{message}', str(bad)) and none == []
+    with pytest.raises(ImageError, match=message):
         ExpressionRecognizer(recognize.model, detector=lambda image: found)(portrait)
+
+
+def test_points_turns_and_alignment(recognize, portrait):
+    """What a `Detection` says is what is cut out."""
+    points, box = FERPLUS_TEMPLATE * 0.9 + (70, 30), (80, 60, 60, 60)
+    face = Detection(box, 0.9, points, 90)
+
+    def found(detection, **settings):
+        return ExpressionRecognizer(recognize.model, lambda image: [detection], **settings)(portrait)[0]
+
+    crop = crop_upright(portrait, box, points)
+    assert found(face).probabilities == near(probabilities(recognize.model, crop))
+    crop = np.rot90(portrait[60:120, 80:140])
+    assert found(Detection(box, turn=90)).probabilities == near(probabilities(recognize.model, crop))
+    assert (found(face).turn, found(face).detection_score) == (90, 0.9)
+    crop = align_face(portrait, points, round(112 * 0.9), FERPLUS_TEMPLATE)
+    assert found(face, align=True).probabilities == near(probabilities(recognize.model, crop))
+    with pytest.raises(ImageError, match='align needs five points'):
+        found(Detection(box), align=True)
+
+
+def test_threads_and_copies_give_the_serial_result(recognize, portrait):
+    """Eight threads at once, a pickled and a copied recognizer, and images read ahead."""
+    scene = np.concatenate([portrait, portrait[::2, ::2].repeat(2, 0).repeat(2, 1), portrait[:, ::-1]], axis=1)
+    images = [np.ascontiguousarray(scene[:, :width]) for width in range(240, 720, 20)]
+    serial = [recognize(image) for image in images]
+    assert {len(faces) for faces in serial} == {1, 2, 3}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(recognize, images)) == serial
+    for other in (pickle.loads(pickle.dumps(recognize)), copy.deepcopy(recognize)):
+        assert other(images[-1]) == serial[-1]
+    for workers in (0, 3):
+        recognize.workers = workers
+        for faces, expected in zip(recognize.stream(iter(images)), serial, strict=True):
+            assert [face.box for face in faces] == [face.box for face in expected]
+
+
+def test_buffers_may_be_used_again(recognize, portrait):
+    """A camera's frame that is written over while later ones are read ahead."""
+    frame = np.empty_like(portrait)
+
+    def frames():
+        for flip in (False, True, False):
+            frame[:] = portrait[:, ::-1] if flip else portrait
+            yield frame
+
+    left, right, again = (faces[0].box[0] for faces in ExpressionRecognizer(recognize.model).stream(frames()))
+    assert left == again != right
 
 
 def test_unreadable_image(recognize, portrait, tmp_path):
@@ -159,7 +227,9 @@ def test_models_that_cannot_be_used(portrait):
 
 @pytest.mark.parametrize('error, arguments, message', [
     (ValueError, dict(margin=-0.5), 'margin'), (ValueError, dict(margin=float('nan')), 'margin'),
-    (ValueError, dict(margin=0.1, detector=None), 'margin'), (ValueError, dict(batch_size=0), 'batch_size'),
+    (ValueError, dict(margin=0.1, detector=None), 'margin'), (ValueError, dict(align=True, detector=None), 'align'),
+    (ValueError, dict(align=True, margin=0.1), 'one of them'), (ValueError, dict(detector='haar'), 'yunet'),
+    (ValueError, dict(min_score=0), 'min_score'), (ValueError, dict(batch_size=0), 'batch_size'),
     (ValueError, dict(detector='mtcnn'), 'mtcnn'), (UserError, dict(device='gpu'), "device 'gpu'"),
     (UserError, dict(model='lfnsb.affectnet8'), 'no trained weights'),
 ])

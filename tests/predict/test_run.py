@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import timm
@@ -24,9 +25,9 @@ def folder(tmp_path, monkeypatch, portrait):
     return tmp_path
 
 
-def predict(*args) -> tuple[int, str, str]:
+def predict(*args, encoding: str = 'utf-8') -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
-    result = CliRunner().invoke(main, ['predict', *map(str, args)])
+    result = CliRunner(charset=encoding).invoke(main, ['predict', *map(str, args)])
     assert isinstance(result.exception, SystemExit | None), result.exception
     return result.exit_code, result.stdout, result.stderr
 
@@ -40,7 +41,8 @@ def test_json_lines(folder):
     assert results[0]['faces'][0]['box'] == results[3]['faces'][0]['box']
     assert [len(result['faces']) for result in results] == [1, 0, 1, 1]
     [face] = results[0]['faces']
-    assert list(face) == ['box', 'label', 'score', 'probabilities']
+    assert list(face) == ['box', 'label', 'score', 'probabilities', 'detection_score', 'points', 'turn']
+    assert 'hint' not in results[0] and '--detector none' in results[1]['hint']
     assert face['score'] == face['probabilities'][face['label']] == max(face['probabilities'].values())
 
 
@@ -48,7 +50,7 @@ def test_table(folder):
     long = 'a long name with spaces, ünd Umlaute.png'
     (folder / 'photos' / 'ann.jpg').rename(folder / 'photos' / long)
     code, out, err = predict('photos')
-    assert (code, err) == (0, '')
+    assert code == 0 and err.startswith('No face found in 1 of 3 image(s)') and '--detector none' in err
     head, *rows = out.splitlines()
     assert head.split() == ['image', 'face', 'box', 'expression', 'score', 'runner-up']
     assert [row[:head.index('face')].strip() for row in rows] == [
@@ -63,10 +65,30 @@ def test_table(folder):
 
 def test_lines_come_while_later_images_are_still_to_be_read(folder):
     (folder / 'photos' / 'ann.jpg').unlink()
-    lines = run.predict_lines([folder / 'photos'], as_json=True, batch_size=1)
+    lines = run.predict_lines([folder / 'photos'], as_json=True, batch_size=1, workers=0)
     assert 'sky.png' in next(lines)[0]
     (folder / 'photos' / 'trip' / 'ann.png').write_bytes(b'')
-    assert [is_error for _, is_error in lines] == [True, False]
+    assert [kind for _, kind in lines] == ['problem', 'result']
+
+
+def test_interrupt_finishes_what_was_read(folder):
+    """Ctrl-C while the second image is under way; every image that was read comes out, and no more are read."""
+    paths = [folder / 'photos' / 'sky.png'] * 40
+    handler = signal.getsignal(signal.SIGINT)
+    lines = run.predict_lines(paths, as_json=True, batch_size=1, workers=2)
+    next(lines)
+    signal.raise_signal(signal.SIGINT)
+    *results, (last, kind) = lines
+    assert 1 <= len(results) <= 6 and {kind for _, kind in results} == {'result'}
+    assert kind == 'problem' and last == f'Interrupted after {len(results) + 1} of 40 images.'
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_names_that_the_output_cannot_show(folder):
+    """A line break in a name stays in the name's row, and a letter that the encoding lacks is escaped."""
+    (folder / 'photos' / 'sky.png').rename(folder / 'new\nline 日.png')
+    code, out, _ = predict(folder / 'new\nline 日.png', encoding='cp1252')
+    assert code == 0 and 'new\\nline \\u65e5.png' in out.splitlines()[1]
 
 
 def test_bad_images_are_reported_and_the_rest_goes_on(folder):
@@ -126,7 +148,8 @@ def test_sample_whole_images_and_margin(folder):
     (1, ['photos', '--model', 'lfnsb.rafdb'], 'lfnsb.rafdb has no trained weights'),
     (1, ['photos', '--model', 'local-dir:three'], 'label_names'),
     (1, ['photos', '--model', 'missing.onnx'], 'there is no file missing.onnx'),
-    (1, ['photos', '--detector', 'none', '--margin', '0.1'], 'margin needs a detector'),
+    (1, ['photos', '--detector', 'none', '--margin', '0.1'], 'margin and align need a detector'),
+    (1, ['photos', '--detector', 'haar'], "'yunet' finds more"),
     (1, ['photos/sky.png', '--annotate', 'photos/ann.jpg/out'], 'Not a directory'),
     (2, ['photos', '--annotate', 'photos/ann.jpg'], 'is a file'),
 ])

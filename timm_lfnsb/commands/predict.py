@@ -1,4 +1,5 @@
 """`timm-lfnsb predict`."""
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ import click
 @click.option('--sample', is_flag=True, help="Take NASA's portrait of Eileen Collins, which scikit-image brings.")
 @click.option('--model', default='lfnsb', show_default=True, metavar='NAME',
               help='A timm name with weights, local-dir:PATH, hf-hub:ID or a file that `timm-lfnsb export` wrote.')
-@click.option('--detector', default='haar', show_default=True, type=click.Choice(['haar', 'none']),
-              help="OpenCV's frontal face cascade, or none for images that are faces already.")
+@click.option('--detector', default='yunet', show_default=True, metavar='yunet|none',
+              help="OpenCV's detector YuNet, or none for images that are faces already.")
+@click.option('--min-score', default=0.7, show_default=True, type=click.FloatRange(0, 1, True, True),
+              help='Score of the faintest face that the detector may report.')
+@click.option('--turn/--no-turn', default=True, show_default=True,
+              help='Whether to search pictures without an upright face turned by 90, 180 and 270 degrees, too.')
 @click.option('--margin', default=0., show_default=True, metavar='FRACTION',
               help='Fraction of the found box to add on each side; negative cuts tighter.')
+@click.option('--align', is_flag=True, help='Cut faces out by eyes, nose and mouth in place of their boxes.')
 @click.option('--json', 'as_json', is_flag=True, help='One JSON object an image a line: its faces, or its error.')
 @click.option('--annotate', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
               help='Write pictures with boxes and probability bars there.')
-@click.option('--batch-size', default=32, show_default=True, type=click.IntRange(min=1))
+@click.option('--batch-size', default=8, show_default=True, type=click.IntRange(min=1))
+@click.option('--workers', type=click.IntRange(min=0), help='Threads that read and search; one a core by default.')
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
 def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: Any) -> None:
     """Find the faces in images and name their expressions.
@@ -27,13 +34,16 @@ def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: An
     """
     if not images and not sample:
         raise click.UsageError('give images or folders of images, or --sample.')
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a name that the terminal's encoding lacks must not end the rest
+            stream.reconfigure(errors='backslashreplace')
     from ..predict.images import sample_picture
     from ..predict.run import predict_lines
     if sample:
         images = (*images, sample_picture())
     failed = False
-    for line, is_error in predict_lines(images, detector=None if detector == 'none' else detector, **options):
-        click.echo(line, err=is_error)
-        failed |= is_error
+    for line, kind in predict_lines(images, detector=None if detector == 'none' else detector, **options):
+        click.echo(line, err=kind != 'result')
+        failed |= kind == 'problem'
     if failed:
         raise SystemExit(1)

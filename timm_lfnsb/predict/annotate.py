@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ def draw_faces(image: ImageInput, faces: Sequence[Face]) -> Image.Image:
 def annotation_paths(images: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]:
     """Choose a PNG below `folder` for each image of `find_images`, numbered where the name is taken or an image."""
     def key(path: Path) -> str:
-        return str(path.resolve()).lower()  # many file systems do not tell cases apart
+        return os.path.realpath(path).lower()  # many file systems do not tell cases apart
 
     taken, targets = {key(path) for path, _ in images}, []
     for _, relative in images:

@@ -1,55 +1,88 @@
-"""Pictures as they come: paths, PIL images and arrays, read into uint8 RGB arrays (H, W, 3), upright."""
+"""Pictures as they come: files, PIL images, arrays and tensors, read into uint8 RGB arrays (H, W, 3), upright."""
 from __future__ import annotations
 
+import io
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from ..errors import UserError, reason
 
-ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+with suppress(ImportError):
+    import pillow_heif
+    pillow_heif.register_heif_opener()
 
-IMAGE_SUFFIXES = frozenset('.bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
-"""What counts as an image when a folder is searched."""
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
+
+IMAGE_SUFFIXES = frozenset(
+    '.apng .avif .bmp .cr2 .cr3 .dng .arw .gif .heic .heif .hif .j2k .jfif .jp2 .jpe .jpeg .jpg .jxl .nef .orf .pbm '
+    '.pcx .pgm .png .pnm .ppm .psd .raf .rw2 .tga .tif .tiff .webp'.split())
+"""What counts as an image when a folder is searched, whether it can be read or not."""
+
+_ADVICE = {
+    **dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif reads HEIC'),
+    '.avif': 'pip install -U pillow reads AVIF, from release 11.3 on',
+    '.jxl': 'save it as JPEG or PNG first',
+    **dict.fromkeys('.arw .cr2 .cr3 .dng .nef .orf .raf .rw2'.split(), 'develop the raw file into a JPEG first'),
+}
 
 
 class ImageError(UserError):
     """An image that cannot be used."""
 
 
-def read_image(source: ImageInput) -> np.ndarray:
+def read_image(source: ImageInput, name: str = '') -> np.ndarray:
     """Read an image into a uint8 array (H, W, 3), upright RGB.
 
     16-bit values are scaled down, never clipped. Transparent pixels are laid on white. Of an animation the first frame
     is taken.
 
     Args:
-        source: Path, PIL image of any mode that converts to RGB, or array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA
-            of uint8, uint16, or floats in [0, 1].
+        source: Path; content of a file, as bytes or an open binary file; PIL image of any mode that converts to RGB;
+            array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA, or tensor (H, W) or (C, H, W) with as many channels, of
+            uint8, uint16, or floats in [0, 1].
+        name: What errors call it, by default its path, or 'image'.
 
     Raises:
-        ImageError: When a file is missing, damaged or too large for Pillow, or an array has another shape or range.
-        TypeError: When `source` is none of these.
+        ImageError: When a file is missing, damaged or too large for Pillow, an array has another shape or range, or
+            `source` is none of these.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if not isinstance(source, (str, os.PathLike, Image.Image)):
-        raise TypeError(f'an image is a path, a PIL image or a numpy array, not {type(source).__name__}.')
-    name = 'image' if isinstance(source, Image.Image) else os.fspath(source)
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ''
+    name = name or path or 'image'
     try:
+        if isinstance(source, torch.Tensor):
+            return _from_tensor(source)
+        if isinstance(source, np.ndarray):
+            return _from_array(source)
         if isinstance(source, Image.Image):
             return _from_pil(source)
-        with Image.open(source) as image:
+        if not isinstance(source, (str, os.PathLike, bytes)) and not hasattr(source, 'read'):
+            raise ImageError('an image is a path, bytes, an open binary file, a PIL image, an array or a tensor, '
+                             f'not {type(source).__name__}.')
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _from_pil(image)
+    except ImageError as error:
+        raise ImageError(f'{name}: {error}') from None
     except FileNotFoundError as error:
         raise ImageError(f'{name}: no such file.') from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f'{name}: not an image, or damaged.') from error
+        advice = _ADVICE.get(Path(path).suffix.lower(), '')
+        raise ImageError(f"{name}: not an image, or damaged{'; ' if advice else ''}{advice}.") from error
     except Exception as error:  # every decoder has its own, many only when the data are read
         raise ImageError(f"{name}: cannot be read as an image ({reason(error).rstrip('.')}).") from error
+
+
+def _from_tensor(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if array.ndim != 3:
+        return _from_array(array)
+    return _from_array(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:
@@ -93,11 +126,11 @@ def find_images(path: Path, skip: Path | None = None) -> list[tuple[Path, Path]]
     """
     if not path.is_dir():
         return [(path, Path(path.name))]
-    skipped = skip and skip.resolve()
+    skipped = skip and Path(os.path.realpath(skip))  # resolve() fails at links in a circle before Python 3.13
     found = sorted(
         file for file in path.rglob('*')
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.') and file.is_file()
-        and not (skipped and skipped in file.resolve().parents))
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.') and not file.is_dir()
+        and not (skipped and skipped in Path(os.path.realpath(file)).parents))
     if not found:
         raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
     return [(file, file.relative_to(path)) for file in found]

@@ -1,8 +1,12 @@
 """From pictures to expressions: detection, crops and the network behind one call."""
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from os import PathLike
 from typing import Any, overload
 
@@ -12,14 +16,26 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..labels import canonical_name, model_label_names
 from ..models.loading import load_model, to_device
 from .exported import INPUT_KEYS, ExportedModel, is_exported
-from .faces import Box, HaarDetector, align_face, aligned_box, clip_box, crop_face
+from .faces import (
+    FERPLUS_TEMPLATE,
+    Box,
+    Detection,
+    YuNetDetector,
+    align_face,
+    aligned_box,
+    clip_box,
+    crop_face,
+    crop_size,
+    crop_upright,
+)
 from .images import ImageError, ImageInput, read_image
 
 Detector = Callable[[np.ndarray], Any]
+_Prepared = list[tuple[dict[str, Any], torch.Tensor]] | ImageError
 
 
 @dataclass(frozen=True)
@@ -30,10 +46,14 @@ class Face:
     label: str  # name of the most probable expression
     score: float  # its probability
     probabilities: dict[str, float]  # of every expression by name, in the order of the model's outputs
+    detection_score: float | None = None  # how sure the detector is, where it says so
+    points: tuple[tuple[float, float], ...] | None = None  # eyes, nose tip, mouth corners (x, y), where it gives them
+    turn: int = 0  # by how many degrees the image had to be turned counterclockwise to show the face upright
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, ready for JSON."""
-        return {**asdict(self), 'box': list(self.box)}
+        points = self.points and [list(point) for point in self.points]
+        return {**asdict(self), 'box': list(self.box), 'points': points}
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:
@@ -56,34 +76,44 @@ class ExpressionRecognizer:
     Args:
         model: A name for `load_model`; or a timm model with its weights and `label_names` in its `pretrained_cfg`,
             which is moved to the device and put into eval mode; or a file that `timm-lfnsb export` wrote.
-        detector: 'haar' for `HaarDetector`; None for images that are faces already, each taken whole; or a function
-            from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width, height in pixels, or to five points of each
-            face (N, 5, 2), with which the crop is `align_face`.
-        margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2. FER+ was
-            cut with this kind of cascade, so by default none.
+        detector: 'yunet' for `YuNetDetector`; None for images that are faces already, each taken whole; or a function
+            from a uint8 RGB array (H, W, 3) to boxes (N, 4), x, y, width, height in pixels, to five points of each
+            face (N, 5, 2), with which the crop is `align_face`, to a list of `Detection`, or to None for no face.
+        margin: Fraction of a detected box to add on each side before it is cut out, above -0.5 and up to 2. The boxes
+            are as large as FER+'s frames, so by default none. Tilted faces are turned upright by their points.
+        align: Cut faces out by their five points, which come to lie as in FER+, in place of their boxes.
+        min_score, turn: For 'yunet', see `YuNetDetector`.
         batch_size: Number of faces that go through the network together.
+        workers: Threads that read images and search them beside the network, 0 for none; by default one a core, at
+            most four.
         device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
 
     Raises:
         ValueError: When an argument is out of range, or the model has no label names or other than 1 or 3 channels.
-        UserError: When the model cannot be loaded, there is no such device, or OpenCV lacks the cascade.
+        UserError: When the model cannot be loaded, there is no such device, or OpenCV cannot run the detector.
     """
 
     def __init__(
             self, model: str | PathLike[str] | nn.Module | ExportedModel = 'lfnsb',
-            detector: str | Detector | None = 'haar', margin: float = 0., batch_size: int = 32,
-            device: str | torch.device = 'auto',
+            detector: str | Detector | None = 'yunet', margin: float = 0., batch_size: int = 8,
+            device: str | torch.device = 'auto', align: bool = False, min_score: float = 0.7, turn: bool = True,
+            workers: int | None = None,
     ) -> None:
         if not -0.5 < margin <= 2:
             raise ValueError(f'margin must be above -0.5 and at most 2, got {margin}.')
-        if margin and detector is None:
-            raise ValueError('margin needs a detector: without one the whole image is taken as the face.')
+        if (margin or align) and detector is None:
+            raise ValueError('margin and align need a detector: without one the whole image is taken as the face.')
+        if margin and align:
+            raise ValueError('margin widens boxes, and align cuts by five points: give one of them.')
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
-        if isinstance(detector, str) and detector != 'haar':
-            raise ValueError(f"detector must be 'haar', None or a function, got {detector!r}.")
-        self.detector: Detector | None = HaarDetector() if isinstance(detector, str) else detector
-        self.margin, self.batch_size = margin, batch_size
+        if detector == 'haar':
+            raise ValueError("the detector 'haar' is gone, 'yunet' finds more: leave the argument out.")
+        if isinstance(detector, str) and detector != 'yunet':
+            raise ValueError(f"detector must be 'yunet', None or a function, got {detector!r}.")
+        self.detector: Detector | None = YuNetDetector(min_score, turn) if isinstance(detector, str) else detector
+        self.margin, self.align, self.batch_size = margin, align, batch_size
+        self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
         if isinstance(model, (str, PathLike)):
             model = ExportedModel(model) if is_exported(model) else load_model(str(model), inference=True)
         self.model = model
@@ -113,11 +143,11 @@ class ExpressionRecognizer:
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[list[Face]]: ...
 
     def __call__(self, images: ImageInput | list[Any] | tuple[Any, ...]) -> list[Face] | list[list[Face]]:
-        """Faces of what `read_image` takes, in the detector's order ('haar': largest first), or of each of a list.
+        """Faces of what `read_image` takes, in the detector's order ('yunet': largest first), or of each of a list.
 
         Raises:
-            ImageError: When an image cannot be read.
-            ValueError: When the detector returns something else than boxes or points within the image.
+            ImageError: When an image cannot be read, or the detector fails or returns something else than boxes or
+                points within the image.
         """
         if not isinstance(images, (list, tuple)):
             return self([images])[0]
@@ -129,54 +159,121 @@ class ExpressionRecognizer:
         return results
 
     def stream(self, images: Iterable[ImageInput]) -> Iterator[list[Face] | ImageError]:
-        """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be read.
+        """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be used.
 
-        At most `batch_size` images are under way, as crops.
+        `batch_size` images or faces at a time, as crops. Workers are two images each ahead: `workers=0` and
+        `batch_size=1` where each result is wanted before the next image is there.
         """
-        pending: list[list[Box] | ImageError] = []
+        pending: list[list[dict[str, Any]] | ImageError] = []
         crops: list[torch.Tensor] = []
-        for source in images:
-            try:
-                located = self._locate(read_image(source))
-            except ImageError as error:
-                pending.append(error)
+        for prepared in self._prepared(images):
+            if isinstance(prepared, ImageError):
+                pending.append(prepared)
             else:
-                pending.append([box for box, _ in located])
-                crops += [self._transform(Image.fromarray(crop).convert(self._mode)) for _, crop in located]
+                pending.append([found for found, _ in prepared])
+                crops += [crop for _, crop in prepared]
             if max(len(pending), len(crops)) >= self.batch_size:
                 yield from self._recognize(pending, crops)
                 pending, crops = [], []
         yield from self._recognize(pending, crops)
 
-    def _locate(self, image: np.ndarray) -> list[tuple[Box, np.ndarray]]:
-        """Box and crop of each face."""
+    def _prepared(self, images: Iterable[ImageInput]) -> Iterator[_Prepared]:
+        """What `_find` gives for each image in order, some ahead in a pool."""
+        # A pool's threads make networks of their own: not worth it for a single image.
+        if self.workers < 1 or (isinstance(images, (list, tuple)) and len(images) < 2):
+            yield from (self._find(*self._read(number, source)) for number, source in enumerate(images, 1))
+            return
+        # Other people's detectors may keep state: they see the images in order, in this thread.
+        ours = self.detector is None or isinstance(self.detector, YuNetDetector)
+
+        def work(number: int, source: ImageInput, read: tuple[str, np.ndarray | ImageError] | None) -> Any:
+            read = read or self._read(number, source)
+            return self._find(*read) if ours else read
+
+        numbered, queue = enumerate(images, 1), deque[Future[Any]]()
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                while True:
+                    for number, source in islice(numbered, 2 * self.workers - len(queue)):
+                        # All but files is read here, and copied: it may be shared, or written over for the next image.
+                        here = not isinstance(source, (str, PathLike, bytes))
+                        queue.append(pool.submit(work, number, source, self._read(number, source) if here else None))
+                    if not queue:
+                        break
+                    done = queue.popleft().result()
+                    yield done if ours else self._find(*done)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, number: int, source: ImageInput) -> tuple[str, np.ndarray | ImageError]:
+        """What errors call an image, and the image, of which nobody else has the memory."""
+        name = os.fspath(source) if isinstance(source, (str, PathLike)) else f'image {number}'
+        try:
+            return name, np.array(read_image(source, name))
+        except ImageError as error:
+            return name, error
+
+    def _find(self, name: str, image: np.ndarray | ImageError) -> _Prepared:
+        """Where each face is, in the words of `Face`, and its crop as the network's input; or what is wrong."""
+        if isinstance(image, ImageError):
+            return image
+        try:
+            found, aligned = self._detect(image)
+            return [self._cut(image, detection, aligned) for detection in found]
+        except Exception as error:  # a detector is anybody's
+            failure = ImageError(f'{name}: {reason(error)}')
+            failure.__cause__ = error
+            return failure
+
+    def _detect(self, image: np.ndarray) -> tuple[list[Detection], bool]:
+        """The faces, and whether they are to be cut out by their points because the detector gave nothing else."""
         if self.detector is None:
-            return [((0, 0, image.shape[1], image.shape[0]), image)]
-        found = np.asarray(self.detector(image), dtype=np.float64)
-        if found.size == 0:
-            return []
-        if not np.isfinite(found).all():
-            raise ValueError('the detector gave coordinates that are not finite.')
+            return [Detection((0, 0, image.shape[1], image.shape[0]))], False
+        found = self.detector(image)
+        if found is None or len(found) == 0 or isinstance(found[0], Detection):
+            return list(() if found is None else found), False
+        found = np.asarray(found, dtype=np.float64)
         if found.ndim == 2 and found.shape[1] == 4:
-            return [(clip_box(box, image), crop_face(image, box, self.margin)) for box in found]
+            return [Detection(tuple(box)) for box in found.tolist()], False
         if found.shape[1:] == (5, 2):
-            return [(clip_box(aligned_box(points), image), align_face(image, points)) for points in found]
+            return [Detection(aligned_box(points), None, points) for points in found], True
         raise ValueError(
             f'the detector must give boxes (N, 4) or five points of each face (N, 5, 2), not {found.shape}.')
 
+    def _cut(self, image: np.ndarray, detection: Detection, aligned: bool) -> tuple[dict[str, Any], torch.Tensor]:
+        box, score, points, turn = detection
+        if not np.isfinite(box).all():
+            raise ValueError('the detector gave coordinates that are not finite.')
+        place = {'box': clip_box(box, image), 'detection_score': score, 'turn': turn,
+                 'points': points if points is None else tuple((float(x), float(y)) for x, y in points)}
+        if self.detector is None:
+            crop = image
+        elif self.align:
+            if points is None:
+                raise ValueError('align needs five points of each face, and the detector gave boxes.')
+            size = crop_size(aligned_box(points, FERPLUS_TEMPLATE)[2])
+            crop = align_face(image, points, size, FERPLUS_TEMPLATE)
+        elif aligned:
+            crop = align_face(image, points)
+        elif points is not None:
+            crop = crop_upright(image, box, points, self.margin)
+        else:
+            crop = np.rot90(crop_face(image, box, self.margin), turn // 90)
+        return place, self._transform(Image.fromarray(crop).convert(self._mode))
+
     def _recognize(
-            self, pending: list[list[Box] | ImageError], crops: list[torch.Tensor],
+            self, pending: list[list[dict[str, Any]] | ImageError], crops: list[torch.Tensor],
     ) -> list[list[Face] | ImageError]:
-        """Faces in place of boxes; `crops` are those of all boxes in order."""
+        """Faces in place of places; `crops` are those of all in order."""
         starts = range(0, len(crops), self.batch_size)
         scores = (row for i in starts for row in self._scores(torch.stack(crops[i:i + self.batch_size])))
 
-        def face(box: Box) -> Face:
+        def face(place: dict[str, Any]) -> Face:
             named = dict(zip(self.label_names, next(scores), strict=True))
             label = max(named, key=named.__getitem__)
-            return Face(box, label, named[label], named)
+            return Face(label=label, score=named[label], probabilities=named, **place)
 
-        return [boxes if isinstance(boxes, ImageError) else [face(box) for box in boxes] for boxes in pending]
+        return [found if isinstance(found, ImageError) else [face(place) for place in found] for found in pending]
 
     @torch.inference_mode()
     def _scores(self, batch: torch.Tensor) -> list[list[float]]:
