@@ -46,6 +46,11 @@ def test_numbers_of_faces(evaluate):
     assert 'accuracy' not in figures
 
 
+def test_wrong_calls(evaluate):
+    assert 'is not in the range' in evaluate('happy/one.png', **{'min-score': 2})[0]
+    assert '--compare and --tta are for crops' in evaluate('happy/one.png', tta='hflip')[0]
+
+
 def test_wrong_folders(evaluate, tmp_path):
     assert 'Error: there is no folder' in evaluate(split='validation')[0]
     assert 'unknown class name' in evaluate('gloomy/one.png')[0]

@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 
 from timm_lfnsb import ExpressionRecognizer
 from timm_lfnsb.errors import UserError
+from timm_lfnsb.export.export import export_model
 from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.predict.faces import (
     FERPLUS_TEMPLATE,
@@ -179,6 +180,20 @@ def test_threads_and_copies_give_the_serial_result(recognize, portrait):
             assert [face.box for face in faces] == [face.box for face in expected]
 
 
+@pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.pt2'])
+def test_exported_files_in_threads_and_copies(suffix, tmp_path):
+    pytest.importorskip({'.xml': 'openvino'}.get(suffix, 'onnxruntime'), reason="pip install 'timm-lfnsb[export]'")
+    file, rng = tmp_path / f'm{suffix}', np.random.default_rng(0)
+    export_model(tiny_model(), file, batch=None)
+    recognize = ExpressionRecognizer(file, detector=None)
+    images = list(rng.integers(0, 256, (40, 80, 80, 3), np.uint8))
+    serial = [recognize(image)[0].probabilities for image in images]
+    for other in (recognize, pickle.loads(pickle.dumps(recognize)), copy.deepcopy(recognize)):
+        with ThreadPoolExecutor(8) as pool:
+            for [face], expected in zip(pool.map(other, images), serial, strict=True):
+                assert face.probabilities == near(expected)
+
+
 def test_buffers_may_be_used_again(recognize, portrait):
     """A camera's frame that is written over while later ones are read ahead."""
     frame = np.empty_like(portrait)
@@ -245,7 +260,6 @@ def exported(tmp_path_factory):
     """A model, and its files: for three faces at a time, and with the normalisation inside."""
     for name in ('onnx', 'onnxruntime'):
         pytest.importorskip(name, reason="pip install 'timm-lfnsb[export]' to test exported files")
-    from timm_lfnsb.export.export import export_model
     torch.manual_seed(1)
     folder, model = tmp_path_factory.mktemp('exported'), tiny_model(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     export_model(model, folder / 'three.onnx', batch=3)

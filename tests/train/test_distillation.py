@@ -13,6 +13,7 @@ from support.train_script import BASE, CPU, RANDOM, STANDIN, launch, load, one_s
 from timm.models import save_for_hf
 from timm.task import LogitDistillationTask
 
+from timm_lfnsb.errors import UserError
 from timm_lfnsb.models.loading import load_model
 from timm_lfnsb.train.distillation import CosineHarmonyDistillationTask, load_teachers
 
@@ -52,7 +53,7 @@ def test_several_teachers_are_averaged_by_label_name(teachers):
     student = timm.create_model('lfnsb', num_classes=4)
     mean, std = (torch.tensor(student.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
     pixels = torch.rand(5, 3, 32, 32)
-    ensemble = load_teachers(','.join(teachers), LABELS)
+    ensemble = load_teachers(','.join(teachers), 3, LABELS)
     logits = ensemble(ensemble.normalize_input((pixels - mean) / std, mean, std))
     expected = (answer(teachers[0], pixels) + answer(teachers[1], pixels)) / 2
     torch.testing.assert_close(logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
@@ -62,7 +63,7 @@ def test_several_teachers_are_averaged_by_label_name(teachers):
 @pytest.mark.parametrize('weights', [{}, dict(distill_loss_weight=0.7, task_loss_weight=0.3, temperature=2.)])
 def test_the_loss_is_timms_and_the_cosine_harmony_loss(weights, teachers):
     student = timm.create_model('lfnsb', num_classes=4)
-    ensemble = load_teachers(teachers[0], LABELS)
+    ensemble = load_teachers(teachers[0], 3, LABELS)
     common = dict(criterion=torch.nn.CrossEntropyLoss(), device=CPU, verbose=False, **weights)
     task = CosineHarmonyDistillationTask(student, ensemble, weight=0.5, **common).eval()
     images, target = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -98,6 +99,8 @@ def test_the_launcher_refuses_teachers_that_do_not_fit(teachers, face_folder, tm
             ([*data, '--kd-model-name', 'lfnsb.nothing'], 'lfnsb.nothing'),
             (['--kd-model-name', f'{other},{other}'], 'not those of the run')):
         one_sentence(launch(STANDIN, '--output', tmp_path, *flags), words)
+    with pytest.raises(UserError, match='other channels'):
+        load_teachers(teachers[0], 1, LABELS)
 
 
 def test_real_train_with_teachers(teachers, timm_scripts, face_folder, tmp_path):

@@ -12,7 +12,8 @@ import click
 @click.option('--compare', metavar='NAME', help='Another model to compare with on the same images.')
 @click.option('--detector', type=click.Choice(['yunet']),
               help='Search whole pictures for the faces, and say how many are found; LABEL may be their number.')
-@click.option('--min-score', default=0.7, show_default=True, help="The detector's, as of `predict`.")
+@click.option('--min-score', default=0.7, show_default=True, type=click.FloatRange(0, 1, True, True),
+              help="The detector's, as of `predict`.")
 @click.option('--enlarge', default=1, show_default=True, type=click.IntRange(min=1), help='Enlarge before the search.')
 @click.option('--border', default=0., show_default=True, metavar='FRACTION', type=click.FloatRange(min=0),
               help='Repeat the outermost pixels around what is searched.')
@@ -30,6 +31,8 @@ def evaluate(
     metrics.json, predictions.csv, confusion.png and reliability.png, with --compare also compare.json; with --detector
     only detection.json.
     """
+    if detector and (options['compare'] or options['tta']):
+        raise click.UsageError('--compare and --tta are for crops, without --detector.')
     if detector:
         from ..evaluate.detection import evaluate_detector, format_detection
         click.echo(format_detection(evaluate_detector(

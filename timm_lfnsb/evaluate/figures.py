@@ -18,7 +18,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]] | np.ndarray, label_name
     rows = [f'{name} ({total})' for name, total in zip(label_names, totals, strict=True)]
     axes = ConfusionMatrixDisplay(100 * counts / np.maximum(totals, 1)[:, None], display_labels=label_names).plot(
         ax=figure.add_subplot(), cmap='Blues', values_format='.1f', xticks_rotation=45,
-        im_kw={'vmin': 0, 'vmax': 100}).ax_
+        im_kw={'vmin': 0, 'vmax': 100, 'aspect': 'auto'}).ax_
     axes.set(xlabel='predicted', ylabel='true (number of images), in % of the row', yticklabels=rows)
     return figure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class ExportedModel:
     """An exported file, open in its runtime on the CPU, whose threads are `threads` or the runtime's own choice.
 
     `metadata` is what the file says about itself (see the module), and may be empty. `batch_size` is the batch it is
-    made for, None where it takes any.
+    made for, None where it takes any. May be called by several threads; a copy or a pickle opens the file again.
 
     Raises:
         UserError: When there is no such file, it is damaged, or its runtime is not installed.
@@ -54,6 +55,10 @@ class ExportedModel:
         with one_sentence(f'{self.path} cannot be opened'):
             self._run, self.metadata, batch = _OPEN[self.path.suffix](self.path, threads)
         self.batch_size = batch if isinstance(batch, int) and batch > 0 else None
+        self._threads = threads
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self._threads)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The outputs (N, C) of images as `metadata['input']` says, in parts of the batch that the file is made for.
@@ -114,7 +119,14 @@ def _open_openvino(path: Path, threads: int | None) -> Opened:
         entries = model.get_rt_info([OPENVINO_SECTION]).value
         metadata = {key: str(getattr(entry, 'value', entry)) for key, entry in entries.items()}  # some releases wrap
     batch = model.input(0).partial_shape[0]
-    return lambda images: compiled([images])[0], metadata, batch.is_static and batch.get_length()
+    requests = threading.local()  # one a thread: a request that is busy refuses
+
+    def run(images: np.ndarray) -> np.ndarray:
+        if not hasattr(requests, 'request'):
+            requests.request = compiled.create_infer_request()
+        return requests.request.infer([images])[0]
+
+    return run, metadata, batch.is_static and batch.get_length()
 
 
 def _open_torch(path: Path, threads: int | None) -> Opened:

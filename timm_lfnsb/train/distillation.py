@@ -72,9 +72,11 @@ def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
-def load_teachers(names: str, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
+def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
     """The teachers that --kd-model-name lists, separated by commas; `args` are further ones of `TeacherEnsemble`."""
-    teachers = [load_model(name.strip(), inference=True) for name in names.split(',')]
+    teachers: list[Any] = [load_model(name.strip(), inference=True) for name in names.split(',')]
+    if any(teacher.pretrained_cfg['input_size'][0] != in_chans for teacher in teachers):
+        raise UserError(f'--kd-model-name {names} takes images of other channels than the run ({in_chans}).')
     return TeacherEnsemble(teachers, label_names or (), *args)
 
 

@@ -175,7 +175,8 @@ class Hooks:
                 device = kwargs.get('device')
                 if 'teacher_model' in kwargs:
                     kwargs['teacher_model'] = load_teachers(
-                        kwargs['teacher_model'], run_label_names(options), hooks.prior, device, kwargs.get('dtype'))
+                        kwargs['teacher_model'], kwargs['student_model'].in_chans, run_label_names(options),
+                        hooks.prior, device, kwargs.get('dtype'))
                 if options.cosine_harmony:
                     kwargs.update(
                         weight=options.cosine_harmony, alpha=options.cosine_harmony_alpha,
