@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 EXPRESSIONS_8: tuple[str, ...] = (
     'neutral', 'happiness', 'sadness', 'surprise', 'fear', 'disgust', 'anger', 'contempt',
@@ -59,8 +59,9 @@ def match_labels(names: Iterable[str], label_names: Sequence[str]) -> dict[str, 
     names = list(names)
     unknown = [name for name in names if canonical_name(name) not in index]
     if unknown:
+        named = [f'{name!r}{did_you_mean(canonical_name(name), index)}' for name in unknown]
         raise LabelError(
-            f"unknown class name(s) {', '.join(map(repr, unknown))}: the data has [{', '.join(names)}], "
+            f"unknown class name(s) {', '.join(named)}: the data has [{', '.join(names)}], "
             f"the model knows [{', '.join(label_names)}]; rename the folders or give the matching model.")
     matched = {name: index[canonical_name(name)] for name in names}
     if len(set(matched.values())) != len(matched):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 
 
 def recipe_names() -> list[str]:
@@ -18,7 +18,7 @@ def recipe_path(name: str) -> Path:
         UserError: When there is no such recipe; the message lists those there are.
     """
     if name not in recipe_names():
-        raise UserError(f"no recipe {name!r}; there are {', '.join(recipe_names())}.")
+        raise UserError(f"no recipe {name!r}{did_you_mean(name, recipe_names())}; there are {', '.join(recipe_names())}.")
     return Path(__file__).parent / f'{name}.yaml'
 
 
