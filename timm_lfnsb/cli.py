@@ -24,7 +24,8 @@ class CommandFolder(click.Group):
             return None
         return getattr(import_module(f'{commands.__name__}.{cmd_name}'), cmd_name)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+            self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in (names := self.list_commands(ctx)) and not args[0].startswith('-'):
             ctx.fail(f'No such command {args[0]!r}{did_you_mean(args[0], names)}.')
         return super().resolve_command(ctx, args)

@@ -31,6 +31,8 @@ def reason(error: Exception) -> str:
     package = str(error.name).partition('.')[0] if isinstance(error, ModuleNotFoundError) else ''
     if package in EXTRAS:
         return f'it needs {package}: pip install "timm-lfnsb[{EXTRAS[package]}]" brings it'
+    if package:
+        return f'it needs {package}: pip install {package} mostly brings it'
     return shorten(str(error), 300, placeholder=' ...').rstrip('.') or type(error).__name__
 
 

@@ -84,7 +84,8 @@ def measure_robustness(
     """
     unknown = [name for name in names if name not in PERTURBATIONS]
     if unknown:
-        raise UserError(f"there is no perturbation {', '.join(unknown)}{did_you_mean(unknown[0], PERTURBATIONS)}; there are {', '.join(PERTURBATIONS)}.")
+        near = did_you_mean(unknown[0], PERTURBATIONS)
+        raise UserError(f"there is no perturbation {', '.join(unknown)}{near}; there are {', '.join(PERTURBATIONS)}.")
     if isinstance(model, str):
         model = load_model(model, inference=True)
     clean = clean or predict_folder(model, data_dir, split, **options)

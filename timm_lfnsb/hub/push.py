@@ -52,8 +52,8 @@ def push(
         UserError: When the source is no complete, sound model folder, or the Hub does not take it.
     """
     if not repo_id and source not in embedded_weights():
-        raise UserError(f'{source}{did_you_mean(source, embedded_weights())} needs a repository to go to: name one with '
-                        '--repo-id ORG/NAME.')
+        raise UserError(f'{source}{did_you_mean(source, embedded_weights())} needs a repository to go to: name one '
+                        'with --repo-id ORG/NAME.')
     repo_id = repo_id or hub_id(source)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise UserError(f"'{repo_id}' is no name of a Hub repository: it must be ORG/NAME.")

@@ -72,8 +72,10 @@ def take_features(features: nn.Module, state_dict: dict[str, Any], *_: Any) -> N
     """
     wanted = features.state_dict().keys()
     # Such networks have it whole under a name, or without its head and with stages_0 in place of stages.0.
-    renamed = {name: value for key, value in clean_state_dict(state_dict).items()
-               for name in (key, f'model.{key}', f'graph_module.{key}', re.sub(r'^(stem|stages)\.', r'\1_', key)) if name in wanted}
+    renamed = {
+        name: value for key, value in clean_state_dict(state_dict).items()
+        for name in (key, f'model.{key}', f'graph_module.{key}', re.sub(r'^(stem|stages)\.', r'\1_', key))
+        if name in wanted}
     _refuse(sorted(key for key in wanted - renamed.keys() if not key.endswith('.num_batches_tracked')), [])
     state_dict.clear()
     state_dict.update(renamed)

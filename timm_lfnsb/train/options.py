@@ -78,11 +78,11 @@ def resolve_recipe(args: Sequence[str]) -> list[str]:
 
 def resolve_paths(options: argparse.Namespace) -> None:
     """Give the run absolute paths of class map, data and votes, which its checkpoints keep and `pack` reads."""
-    if options.class_map:
-        path = Path(options.class_map) if Path(options.class_map).is_file() else class_map_path(options.class_map)
-        options.class_map = str(path.resolve()) if path else options.class_map
     # train.py moves the old positional argument into data_dir later.
     data_dir = options.data_dir or getattr(options, 'data', None)
+    if options.class_map:
+        maps = (Path(options.class_map), class_map_path(options.class_map), Path(data_dir or '', options.class_map))
+        options.class_map = next((str(path.resolve()) for path in maps if path and path.is_file()), options.class_map)
     if data_dir and Path(data_dir).is_dir():
         options.data_dir = str(Path(data_dir).resolve())
     if options.label_votes:
