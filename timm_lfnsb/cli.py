@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import pkgutil
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -45,3 +46,6 @@ class CommandFolder(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Lightweight facial expression recognition with timm."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a name that the terminal's encoding lacks must not end the rest
+            stream.reconfigure(errors='backslashreplace')

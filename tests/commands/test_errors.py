@@ -122,6 +122,12 @@ def test_a_folder_in_place_of_a_model(tmp_path, monkeypatch):
     assert 'local-dir:packed' in message
 
 
+def test_names_that_the_terminal_cannot_show(face_folder, tmp_path):
+    target = tmp_path / '顔'
+    result = CliRunner(charset='cp1252').invoke(main, ['prepare', 'folder', str(face_folder), str(target)])
+    assert result.exit_code == 0 and target.is_dir() and '\\u9854' in result.output, result.exception
+
+
 def test_a_command_that_is_nearly_right():
     result = CliRunner().invoke(main, ['predcit', '--sample'])
     assert result.exit_code == 2 and '(did you mean predict?)' in result.output
