@@ -66,15 +66,15 @@ def test_packages_in_each_others_way(report, tmp_path, monkeypatch):
 
 
 def test_what_is_broken_or_missing_is_said_and_the_rest_goes_on(report, tmp_path, monkeypatch):
-    (tmp_path / 'openvino').mkdir()
-    (tmp_path / 'openvino' / '__init__.py').write_text('raise OSError("libopenvino.so:\\n cannot open")')
+    (tmp_path / 'onnxruntime').mkdir()
+    (tmp_path / 'onnxruntime' / '__init__.py').write_text('raise OSError("libort.so:\\n cannot open")')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, 'openvino', raising=False)
-    monkeypatch.setattr(doctor, 'RUNTIMES', ('openvino', 'no_such_runtime'))
+    monkeypatch.delitem(sys.modules, 'onnxruntime', raising=False)
+    monkeypatch.setattr(doctor, 'RUNTIMES', ('onnxruntime', 'no_such_runtime'))
     monkeypatch.setattr(doctor, 'cpu_name', lambda: 1 / 0)
     monkeypatch.setattr(doctor, 'EXTRAS', {**errors.EXTRAS, 'no_such_module': 'moving', 'nor_this': 'moving'})
     lines = report()
-    assert lines['runtimes'] == 'torch, openvino does not work (libopenvino.so: cannot open), no no_such_runtime'
+    assert lines['runtimes'] == 'torch, onnxruntime does not work (libort.so: cannot open), no no_such_runtime'
     assert lines['system'] == 'does not work: division by zero'
     assert 'moving lacks no_such_module, nor_this (pip install "timm-lfnsb[moving]")' in lines['extras']
     assert lines['Hub cache'] == 'empty' and lines['duplicates'] == 'none'
