@@ -1,5 +1,4 @@
 """`timm-lfnsb predict`."""
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,6 @@ def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: An
     """
     if not images and not sample:
         raise click.UsageError('give images or folders of images, or --sample.')
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):  # a name that the terminal's encoding lacks must not end the rest
-            stream.reconfigure(errors='backslashreplace')
     from ..predict.images import sample_picture
     from ..predict.run import predict_lines
     if sample:
