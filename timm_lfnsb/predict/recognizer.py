@@ -73,6 +73,9 @@ class ExpressionRecognizer:
         >>> for face in recognize('photo.jpg'):
         ...     print(face.box, face.label, face.score)
 
+    May be shared by threads, copied, pickled, and used in spawned processes and workers of a `DataLoader` that spawns.
+    A process forked after the first use hangs, as with any torch model: threads of OpenMP do not survive a fork.
+
     Args:
         model: A name for `load_model`; or a timm model with its weights and `label_names` in its `pretrained_cfg`,
             which is moved to the device and put into eval mode; or a file that `timm-lfnsb export` wrote.
@@ -86,7 +89,7 @@ class ExpressionRecognizer:
         batch_size: Number of faces that go through the network together.
         workers: Threads that read images and search them beside the network, 0 for none; by default one a core, at
             most four.
-        device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
+        device: A torch device, or 'auto' for CUDA, else Apple's MPS, else the CPU. Exported files take the CPU only.
 
     Raises:
         ValueError: When an argument is out of range, or the model has no label names or other than 1 or 3 channels.
