@@ -79,7 +79,7 @@ def format_photographs(report: dict[str, Any]) -> str:
     lines = [f'{report["photographs"]} photographs of {report["side"]} px on {report["cores"]} cores of {report["cpu"]}: '
              f'{report["workers"]} workers, {report["torch_threads"]} threads of torch, '
              f'{report["opencv_threads"]} of OpenCV']
-    lines += [f'{name}: {report[name]["median"]:.1f} ms a photograph ({report[name + "_cpu"]["median"]:.1f} ms of all cores)'
+    lines += [f'{name}: {report[name]["median"]:.1f} ms a photograph, {report[name + "_cpu"]["median"]:.1f} ms of all cores'
               for name in ('loop', 'stream')]
     return '\n'.join([
         *lines, f'stream / loop: {ratio["median"]:.2f} (quartiles {ratio["q1"]:.2f} - {ratio["q3"]:.2f})',

@@ -164,8 +164,8 @@ class ExpressionRecognizer:
     def stream(self, images: Iterable[ImageInput]) -> Iterator[list[Face] | ImageError]:
         """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be used.
 
-        `batch_size` images or faces at a time, as crops. Workers are two images each ahead: `workers=0` and
-        `batch_size=1` where each result is wanted before the next image is there.
+        `batch_size` images or faces at a time, as crops. Workers are a batch and two images each ahead: `workers=0`
+        and `batch_size=1` where each result is wanted before the next image is there.
         """
         pending: list[list[dict[str, Any]] | ImageError] = []
         crops: list[torch.Tensor] = []
@@ -194,10 +194,11 @@ class ExpressionRecognizer:
             return self._find(*read) if ours else read
 
         numbered, queue = enumerate(images, 1), deque[Future[Any]]()
+        ahead = self.batch_size + 2 * self.workers  # enough to do while the network has a batch
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 while True:
-                    for number, source in islice(numbered, 2 * self.workers - len(queue)):
+                    for number, source in islice(numbered, ahead - len(queue)):
                         # All but files is read here, and copied: it may be shared, or written over for the next image.
                         here = not isinstance(source, (str, PathLike, bytes))
                         queue.append(pool.submit(work, number, source, self._read(number, source) if here else None))
