@@ -1,4 +1,4 @@
-"""`bench --photographs`: the stream of the recognizer beside a loop of calls. No test looks at how long anything took."""
+"""`bench --photographs`: the recognizer's stream beside a loop of calls. No test looks at how long anything took."""
 from __future__ import annotations
 
 import json

@@ -218,7 +218,8 @@ def test_reading_ahead_is_bounded(gradient):
 
     def images():
         nonlocal pulled
-        for pulled in range(1, 61):
+        for _ in range(60):
+            pulled += 1
             yield gradient
 
     recognize = ExpressionRecognizer(tiny_model(), detector=None, batch_size=4, workers=3)

@@ -76,11 +76,13 @@ def _same(first: list[list[Face]], second: list[list[Face]]) -> bool:
 def format_photographs(report: dict[str, Any]) -> str:
     """A few lines of text."""
     ratio, (first, last) = report['ratio'], report['peak_mb']
-    lines = [f'{report["photographs"]} photographs of {report["side"]} px on {report["cores"]} cores of {report["cpu"]}: '
-             f'{report["workers"]} workers, {report["torch_threads"]} threads of torch, '
-             f'{report["opencv_threads"]} of OpenCV']
-    lines += [f'{name}: {report[name]["median"]:.1f} ms a photograph, {report[name + "_cpu"]["median"]:.1f} ms of all cores'
-              for name in ('loop', 'stream')]
+    lines = [
+        f'{report["photographs"]} photographs of {report["side"]} px on {report["cores"]} cores of {report["cpu"]}: '
+        f'{report["workers"]} workers, {report["torch_threads"]} torch threads, {report["opencv_threads"]} of OpenCV',
+    ]
+    for name in ('loop', 'stream'):
+        wall, cpu = (report[key]['median'] for key in (name, f'{name}_cpu'))
+        lines.append(f'{name}: {wall:.1f} ms a photograph, {cpu:.1f} ms of all cores')
     return '\n'.join([
         *lines, f'stream / loop: {ratio["median"]:.2f} (quartiles {ratio["q1"]:.2f} - {ratio["q3"]:.2f})',
         f'peak memory: {first:.0f} MB after the first round, {last:.0f} MB after the last'])
