@@ -58,7 +58,8 @@ def test_losses_from_yaml_and_the_command_line_wins(yaml_losses, names, tmp_path
 
 
 def test_help():
-    for flag in ('--cosine-harmony WEIGHT', '--feature-loss NAME[:WEIGHT[:key=value,...]]', '--label-votes FILE', '--logit-adjustment TAU', '--kd-model-name'):
+    for flag in ('--cosine-harmony WEIGHT', '--feature-loss NAME[:WEIGHT[:key=value,...]]',
+                 '--label-votes FILE', '--logit-adjustment TAU', '--kd-model-name'):
         assert flag in launch(STANDIN, '--help').output
 
 

@@ -64,6 +64,9 @@ def test_cosine_harmony_alone_is_as_it_was():
     assert names[-1] == 'loss.centers' and all(name.startswith('model.') for name in names[:-1])
     assert task.get_task_state().keys() == {'cosine_harmony'} and task.weight == 0.5 and task.centers.shape == (4, 96)
     torch.testing.assert_close(task.eval()(*BATCH), same.eval()(*BATCH), rtol=0, atol=0)
+    task.weight = 0.
+    parts = task(*BATCH)
+    assert parts['loss'] == parts['task_loss'] and parts.keys() == {'loss', 'output', 'task_loss', 'cosine_harmony_loss'}
     same.load_task_state({'cosine_harmony': {'centers': torch.zeros(4, 96)}})
     assert not same.get_task_state()['cosine_harmony']['centers'].any()
 
