@@ -33,7 +33,7 @@ from timm_lfnsb.train.history import read_curve
 
 LABELS = ('neutral', 'happiness', 'sadness', 'anger')
 EPOCHS, BEST = 3, 1
-NAME = 'lfnsb-reference-alpha0.1-seed7'  # the run of figure 6
+NAME = 'lfnsb-cosine-harmony-1-alpha-0.1-variant-reference-seed7'  # the run of figure 6
 
 
 @pytest.fixture(scope='session')
@@ -172,7 +172,7 @@ def test_an_interrupted_row_goes_on_and_a_trained_one_is_only_measured(variable,
 def test_a_failing_row_leaves_the_others_and_starts_anew(fake, monkeypatch):
     monkeypatch.setenv('FAKE_FAIL', 'lfn_small')
     results, (failure,) = fake.run('table5')
-    folder = fake.out / 'runs' / 'lfn_small-reference-alpha0.1-seed7'
+    folder = fake.out / 'runs' / NAME.replace('lfnsb', 'lfn_small')
     for word in ('lfn_small, seed 7: ', 'CUDA out of memory', 'a line of the log', str(folder / 'log.txt')):
         assert word in failure
     assert [len(row['seeds']) for row in results['rows']] == [0, 1]
@@ -255,17 +255,20 @@ def test_table9_trains_on_folds_and_measures_the_one_held_out(fake):
 def test_dry_run_prints_the_rows_of_every_experiment_and_writes_nothing(fake):
     text = dry_run(fake.plan('table3', seeds=2, subset=16))
     assert not fake.calls() and not fake.out.exists()
-    for part, count in ((': 0 of 3 epochs', 10), ('--cosine-harmony 0', 2), ('--cosine-harmony-fixed-centers', 2),
+    for part, count in ((': 0 of 3 epochs', 10), ('--feature-loss', 8), ('learn_centers=false', 2),
                         (f'{fake.out}/data/subset-16', 10), ('--epochs 3', 10)):
         assert text.count(part) == count, part
     by_name = {name: fake.plan(name, seeds=3) for name in EXPERIMENTS}
-    assert [(row.weight, row.variant, row.fixed_centers) for row in by_name['table3'].rows[1:]] == [
-        (1, 'reference', False), (1, 'paper', False), (1, 'intended', False), (1, 'intended', True)]
-    assert [row.alpha for row in by_name['table4'].rows] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert [str(row.loss) for row in by_name['table3'].rows[1:]] == [
+        f'cosine-harmony:1:alpha=0.1,variant={variant}' for variant in (
+            'reference', 'paper', 'intended', 'intended,learn_centers=false')]
+    assert [str(row.loss) for row in by_name['table4'].rows] == [
+        f'cosine-harmony:1:alpha=0.{tenths},variant=reference' for tenths in (1, 2, 3, 4, 5)]
     assert [row.fold for row in by_name['table9'].rows] == list(range(10))
     for name, plan in by_name.items():
         assert len({run.folder for run in plan.runs}) == 3 * len(plan.rows)
-        assert set(PAPER.get(name, {})) <= {row.name for row in plan.rows} | {'mean of the folds', 'best fold'}
+        assert set(PAPER.get(name, {})) <= {'mean of the folds', 'best fold'}.union(*(
+            {row.name, row.loss and row.loss.kind} for row in plan.rows))
     for run in by_name['table2'].runs:  # timm does not hand --img-size to the model; lfnsb takes any size
         assert ('--model-kwargs img_size=32' in ' '.join(run.command)) == (run.row.model != 'lfnsb'), run.row.model
 

@@ -3,34 +3,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
-from torch import nn
 
-from ..train.task import average_features
+from ..train.task import FeatureLossModule, average_features
 from .predictions import Predictions, predict_folder
 
 
-class _Tap(nn.Module):
-    """A timm model that keeps the features of what it classifies."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model, self.pretrained_cfg = model, model.pretrained_cfg
-        self.features: list[torch.Tensor] = []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        maps = self.model.forward_features(images)
-        self.features.append(average_features(maps).float().cpu())
-        return self.model.forward_head(maps)
-
-
 def predict_features(
-        model: nn.Module, data_dir: str | Path, split: str = 'test', **options: Any) -> tuple[Predictions, np.ndarray]:
-    """Classify a folder's images as `predict_folder` does, and return each one's features, too.
+        model: Any, data_dir: str | Path, split: str = 'test', **options: Any) -> tuple[Predictions, np.ndarray]:
+    """Classify a folder's images as `predict_folder` does with a timm model, and return each one's features, too.
 
     Returns:
         The predictions, and float32 (N, D): `forward_features` averaged over space, which is what a feature loss sees.
@@ -38,9 +24,16 @@ def predict_features(
     Raises:
         UserError: See `predict_folder`.
     """
-    tap = _Tap(model)
-    predictions = predict_folder(tap, data_dir, split, **options)
-    return predictions, torch.cat(tap.features).numpy()
+    layout, forward_features, features = FeatureLossModule(model, {}), model.forward_features, []
+
+    def keep(*args: Any, **kwargs: Any) -> torch.Tensor:
+        maps = forward_features(*args, **kwargs)
+        features.append(average_features(maps, layout.output_fmt, layout.num_prefix_tokens).float().cpu())
+        return maps
+
+    with mock.patch.object(model, 'forward_features', keep):
+        predictions = predict_folder(model, data_dir, split, **options)
+    return predictions, torch.cat(features).numpy()
 
 
 def class_distances(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
