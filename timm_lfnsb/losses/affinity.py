@@ -13,9 +13,9 @@ class AffinityLoss(FeatureLoss):
     var is the variance of the centers over the classes, summed over the D dimensions. The loss falls when features come
     near their center, and when all centers go apart.
 
-    Source: Wen et al. 2023 (DAN), arXiv 2109.07270, section 3.1, with weight 1. The paper divides by the deviation of the
-    centers and sums over the batch; the authors' code (yaoing/DAN) divides by the unbiased variance and takes the mean,
-    and so does this. Arguments and shapes: see `FeatureLoss`.
+    Source: Wen et al. 2023 (DAN), arXiv 2109.07270, section 3.1, with weight 1. The paper sums over the batch and does
+    not say which variance it means; the authors' code (yaoing/DAN) takes the mean and the unbiased variance, and so
+    does this. Arguments and shapes: see `FeatureLoss`.
     """
 
     def __init__(self, num_classes: int, feat_dim: int, learn_centers: bool = True):

@@ -15,9 +15,9 @@ def squared_distances(features: torch.Tensor, centers: torch.Tensor) -> torch.Te
 class CenterLoss(FeatureLoss):
     """mean_i sum_j p_ij |x_i - c_j|^2 / 2 for features x, centers c and targets p (one-hot, or soft).
 
-    Source: Wen et al. 2016, doi 10.1007/978-3-319-46478-7_31, equation (2), which sums over the batch; the authors' code
-    (ydwen/caffe-face) takes the mean, and so does this. Weight 0.003 in the paper, 0.008 in the code's example. The
-    centers begin small, as there. Arguments and shapes: see `FeatureLoss`.
+    Source: Wen et al. 2016, doi 10.1007/978-3-319-46478-7_31, equation (2), which sums over the batch; the code of the
+    authors (ydwen/caffe-face) takes the mean, and so does this. Weight 0.003 in the paper, 0.008 in the code's example.
+    The centers begin small, as there. Arguments and shapes: see `FeatureLoss`.
     """
 
     def __init__(self, num_classes: int, feat_dim: int, learn_centers: bool = True):

@@ -49,10 +49,10 @@ class CosineHarmonyLoss(FeatureLoss):
       near their own center and far from the others. var is biased.
     * ``'paper'``: alpha * intra / var + (1 - alpha) * inter. Equation (6) as printed; minimising it pulls features
       toward wrong centers. var is biased.
-    * ``'margin'``: alpha * intra + (1 - alpha) * (missed + alike). Ours: what the paper wants and its formulas do not do.
-      missed = mean_i sum_j p_ij max(0, margin + d_ij - min_(k != j) d_ik) is 0 once each feature is nearer to its own
-      center than to the nearest wrong one by the margin; alike = mean over pairs of centers of max(0, correlation) is 0
-      once no two centers point the same way. Least value 0, where the features lie on centers without correlation.
+    * ``'margin'``: alpha * intra + (1 - alpha) * (missed + alike). Ours: what the paper wants and its formulas do not
+      do. missed = mean_i sum_j p_ij max(0, margin + d_ij - min_(k != j) d_ik) is 0 once each feature is nearer to its
+      own center than to the nearest wrong one by the margin; alike = mean over pairs of centers of max(0, correlation)
+      is 0 once no two centers point the same way. Least value 0, where features lie on centers without correlation.
 
     'intended' and 'paper' drive the features of all classes into one direction: opposite to all centers ('intended':
     the pull to a feature's own is divided by the variance, which grows meanwhile), or that of all centers ('paper').

@@ -13,10 +13,10 @@ class SparseCenterLoss(FeatureLoss):
     The weights a in (0, 1) come from a small network on the features that is trained with them. Nothing in the formula
     keeps the weights from falling to 0; its small weight beside the classification loss does.
 
-    Source: Farzaneh and Qi 2021, WACV, and the authors' code (amirhfarzaneh/dacl): weight 0.01. Their attention sees the
-    map before it is averaged (25,088 values, through layers of 3,584, 512 and 64, with batch norm); this one sees the
-    features, through one layer of `hidden`, with layer norm, which can do with a batch of one. Their softmax over two
-    values is a sigmoid of their difference, as here.
+    Source: Farzaneh and Qi 2021, WACV, and the authors' code (amirhfarzaneh/dacl): weight 0.01. Their attention sees
+    the map before it is averaged (25,088 values, through layers of 3,584, 512 and 64, with batch norm); this one sees
+    the features, through one layer of `hidden`, with layer norm, which can do with a batch of one. Their softmax over
+    two values is a sigmoid of their difference, as here.
 
     Args:
         hidden: Width of the attention network. The others, and shapes: see `FeatureLoss`.
