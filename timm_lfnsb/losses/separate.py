@@ -13,7 +13,8 @@ class SeparateLoss(FeatureLoss):
     * intra = mean_i sum_j p_ij (1 - s_ij)
     * inter = mean_i sum_j (1 - p_ij) (1 + s_ij) / (C - 1)
 
-    It lies in [0, 4], and is least where features lie on their centers and these are the corners of a simplex.
+    It lies in [0, 4]. With as many images of each class its least value is 1 - 1 / (C - 1), where features lie on their
+    centers and the directions of these add up to 0; so two centers may still come near each other.
 
     Source: Li et al. 2019, ACML, PMLR 101:897-911. Its equations and its weight were not at hand, nor is there code of
     the authors: this is what the abstract says (greatest similarity within a class, least between classes), in the

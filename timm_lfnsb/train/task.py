@@ -185,6 +185,10 @@ class CosineHarmonyMixin(FeatureLossMixin):
         """Weight of the loss."""
         return self.weights['cosine_harmony']
 
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self.weights['cosine_harmony'] = weight
+
     @property
     def centers(self) -> torch.Tensor:
         """Class centers (C, D) of the loss."""
