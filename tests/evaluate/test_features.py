@@ -46,7 +46,7 @@ def test_class_distances_are_those_of_the_definition():
     features, labels = rng.normal(1, 2, (30, 5)), np.array([0] * 20 + [2] * 7 + [3] * 3)  # class 1 is empty
     means = {c: features[labels == c].mean(axis=0) for c in (0, 2, 3)}
     overall = features.mean(axis=0)
-    spread = math.sqrt(sum(math.dist(x, overall) ** 2 for x in features) / 30)
+    spread = sum(math.dist(x, overall) for x in features) / 30
     found = class_distances(features, labels)
     for name, distance in (('cosine', cosine_distance), ('euclidean', lambda a, b: math.dist(a, b) / spread)):
         intra = [np.mean([distance(x, means[c]) for x in features[labels == c]]) for c in means]

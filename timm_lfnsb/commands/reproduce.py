@@ -42,7 +42,8 @@ def _add_experiment(name: str, title: str) -> None:
         results, failures = run_experiment(plan, report=lambda line: click.echo(line, err=True))
         click.echo(results_markdown(results))
         if failures:
-            raise UserError(f'{len(failures)} runs failed, call the same command again for these.\n' + '\n'.join(failures))
+            failed = f'{len(failures)} runs failed, call the same command again for these.'
+            raise UserError('\n'.join([failed, *failures]))
 
     if name == 'table9':
         click.option('--folds', default=10, show_default=True, type=click.IntRange(min=2))(command)

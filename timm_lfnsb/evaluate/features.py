@@ -1,4 +1,4 @@
-"""A network's features of a folder of labelled faces: how far its classes lie apart, and where they lie in a picture."""
+"""A network's features of a folder of labelled faces: how far apart its classes lie, and where in a picture."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -41,13 +41,13 @@ def class_distances(features: np.ndarray, labels: np.ndarray) -> dict[str, float
 
     Returns:
         `cosine_intra`: cosine distance of a feature to its class's mean, in [0, 2]; `cosine_inter`: of the means of two
-        classes; `euclidean_intra` and `euclidean_inter`: the same with the Euclidean distance, in units of the features'
-        root mean square distance to their overall mean, because losses differ in the size of features they lead to.
+        classes; `euclidean_intra` and `euclidean_inter`: the same with the Euclidean distance, in units of the mean
+        distance of all features to their mean, because losses differ in the size of features they lead to.
     """
     features = features.astype(np.float64)
     classes, indices = np.unique(labels, return_inverse=True)
     means = np.stack([features[indices == i].mean(axis=0) for i in range(len(classes))])
-    spread = np.sqrt(features.var(axis=0).sum()) or 1.
+    spread = pairwise_distances(features, features.mean(axis=0, keepdims=True)).mean() or 1.
     distances = {}
     for metric, unit in (('cosine', 1.), ('euclidean', spread)):
         own = pairwise_distances(features, means, metric)[np.arange(len(features)), indices]

@@ -86,7 +86,7 @@ def distances_figure(distances: Mapping[str, Sequence[Mapping[str, float]]]) -> 
     figure = Figure(figsize=(10, 1.6 + 0.38 * len(distances)), dpi=150, layout='constrained')
     panels = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(distances))
-    units = {'cosine': 'cosine distance', 'euclidean': 'Euclidean distance / spread of all features'}
+    units = {'cosine': 'cosine distance', 'euclidean': 'Euclidean distance / mean distance from the center of all'}
     for axes, (metric, unit) in zip(panels, units.items(), strict=True):
         for kind, shift, what in (('intra', -0.2, 'a face and the mean of its class'),
                                   ('inter', 0.2, 'the means of two classes')):
@@ -94,6 +94,7 @@ def distances_figure(distances: Mapping[str, Sequence[Mapping[str, float]]]) -> 
             axes.barh(places + shift, [np.mean(row) for row in values], 0.4, label=what,
                       xerr=[np.std(row, ddof=1) if len(row) > 1 else 0 for row in values])
         axes.set(xlabel=unit)
+        axes.locator_params(axis='x', nbins=5)
         axes.grid(axis='x', alpha=0.3)
     panels[0].set_yticks(places, list(distances))
     panels[0].invert_yaxis()

@@ -95,13 +95,13 @@ def loss_cells(row: Mapping[str, Any]) -> list[str]:
 def losses_notes(results: Mapping[str, Any]) -> str:
     """What the columns mean, and the table of weights that were tried."""
     text = (
-        'Difference: accuracy minus that of cross entropy, in points, mean ± standard deviation over seeds. The p-values '
-        'are of paired t-tests, two-sided, corrected by Holm for the number of losses: over seeds, pairs are trainings '
-        'from one seed (the same first weights, order and augmentation), which asks whether another training would show '
-        'the difference again, and with few seeds finds only large ones; over images, pairs are the shares of seeds that '
-        'get an image right, which asks whether other images would. A difference beyond noise has both below 0.05. '
-        'Within / between: mean cosine distance of a feature to the mean of its class, by that of the means of two '
-        'classes; less is more compact.')
+        'Difference: accuracy minus that of cross entropy, in points, mean ± standard deviation over seeds. The '
+        'p-values are of paired t-tests, two-sided, corrected by Holm for the number of losses. Over seeds, pairs are '
+        'trainings from one seed (the same first weights, order and augmentation): would another training show the '
+        'difference again? With few seeds only a large or very steady one is found. Over images, pairs are the shares '
+        'of seeds that get an image right: would other images show it? A difference is beyond noise where both '
+        'p-values are below 0.05. Within / between: mean cosine distance of a feature to the mean of its class, by '
+        'that of the means of two classes; less is more compact.')
     if trials := results.get('trials'):
         rows = [[row['name'], '-' if row['accuracy'] is None else f"{100 * row['accuracy']:.2f}",
                  'yes' if row['used'] else ''] for row in trials['rows']]

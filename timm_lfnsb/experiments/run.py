@@ -36,7 +36,7 @@ def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[s
         UserError: When the output folder holds runs with other settings or is in use.
     """
     find_script(plan.script)
-    failures = []
+    failures: list[str] = []
     if plan.trials:
         failures += reproduce(plan.trials, report)[1]
         plan.lay_out()
