@@ -4,10 +4,9 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-import torch.nn as nn
-
 from .affinity import AffinityLoss
-from .angular import ArcFaceLoss, CosFaceLoss, SphereFaceLoss
+from .angular import AngularMarginLoss, ArcFaceLoss, CosFaceLoss, SphereFaceLoss
+from .base import FeatureLoss
 from .center import CenterLoss
 from .cosine_harmony import CosineHarmonyLoss
 from .dacl import SparseCenterLoss
@@ -19,7 +18,7 @@ from .separate import SeparateLoss
 class Entry(NamedTuple):
     """A loss class, and the weight of its paper."""
 
-    loss: type[nn.Module]
+    loss: type[FeatureLoss] | type[AngularMarginLoss]
     weight: float
 
 
