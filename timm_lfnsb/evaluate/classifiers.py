@@ -117,13 +117,18 @@ def _network(name: str, model: str | nn.Module | ExportedModel, device: str) -> 
 
 def _pipeline(name: str, source: str, device: str) -> Classifier:
     try:
-        from transformers import pipeline
+        from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
     except ImportError:
         raise UserError(f'{name} needs transformers: pip install transformers brings it.') from None
+    network: Any
+    classify: Any
     with one_sentence(f'cannot load the model {name}'):
-        classify = pipeline('image-classification', source, device=best_device() if device == 'auto' else device,
-                            model_kwargs={'use_safetensors': True})  # nothing in other weights is run
-    names = [label for _, label in sorted(classify.model.config.id2label.items())]
+        # Not by its name: the pipeline would keep to itself why a model cannot be loaded. Other weights are pickles.
+        network = AutoModelForImageClassification.from_pretrained(source, use_safetensors=True)
+        classify = pipeline(
+            'image-classification', network, image_processor=AutoImageProcessor.from_pretrained(source),
+            device=best_device() if device == 'auto' else device)
+    names = [label for _, label in sorted(network.config.id2label.items())]
 
     def scores(images: list[np.ndarray]) -> list[list[float]]:
         answers = classify([Image.fromarray(image) for image in images], top_k=len(names), batch_size=len(images),

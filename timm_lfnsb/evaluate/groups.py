@@ -95,7 +95,7 @@ def measure_groups(predictions: Predictions, groups: Groups) -> dict[str, Any]:
         classes = [predictions.label_names[i] for i in sorted(shared.values())]
         by_group = {}
         for name in sorted(set(values.tolist())):
-            inside = np.flatnonzero(values == name)
+            inside = np.flatnonzero(values == name).tolist()
             by_group[name] = compute_metrics(replace(
                 predictions, files=[predictions.files[i] for i in inside], labels=predictions.labels[inside],
                 probabilities=predictions.probabilities[inside]), classes)

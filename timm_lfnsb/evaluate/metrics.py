@@ -31,9 +31,9 @@ def compute_metrics(predictions: Predictions, averaged: Sequence[str] | None = N
 
     Intervals: Wilson's for accuracy, precision and recall; the same, through the Jaccard index, for F1 ("Wilson
     indirect" of arXiv 2309.14621); for balanced accuracy and macro F1 the percentiles of 1000 bootstrap resamples
-    within each class, with a fixed seed, too narrow for classes of few images. None for the calibration error, which
-    resamples only enlarge. `ece` is the expected calibration error of arXiv
-    1706.04599, equation (3); its 15 bins (low, high] of the highest probability are in `calibration`.
+    within each class, with a fixed seed, too narrow for classes of few images. `ece` is the expected calibration error
+    of arXiv 1706.04599, equation (3); it has none, because resamples only enlarge it. Its 15 bins (low, high] of the
+    highest probability are in `calibration`.
     """
     total = len(predictions.labels)
     names = list(predictions.label_names)

@@ -80,10 +80,11 @@ def labelled_images(data_dir: str | Path, split: str) -> list[str]:
     # Every format that Pillow can open: timm's own short list would leave out the others without a word.
     extensions = sorted(ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN)
     try:
-        return [Path(file).as_posix() for file in create_reader('', root, input_key=';'.join(extensions)).filenames()]
+        reader = create_reader('', str(root), input_key=';'.join(extensions))
     except (AssertionError, RuntimeError):  # no folder, no images
         there = ', '.join(sorted(path.name for path in Path(data_dir).glob('*') if path.is_dir())) or 'none'
         raise UserError(f'there are no images in {root / "LABEL"}; folders in {data_dir}: {there}.') from None
+    return [Path(file).as_posix() for file in reader.filenames()]
 
 
 def folder_name(file: str) -> str:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def _render(
     return f'{str(card).strip()}\n'
 
 
-def _figure(figures: dict[str, Any], key: str) -> str:
+def _figure(figures: Mapping[str, Any], key: str) -> str:
     """A figure with its interval, where it has one; '-' where there is none, as of a class without faces."""
     value, bounds = figures[key], figures.get(f'{key}_interval')
     return '-' if value is None else f'{value:.3f}' + (f' [{bounds[0]:.3f}, {bounds[1]:.3f}]' if bounds else '')
@@ -178,7 +178,7 @@ def _groups(measured: dict[str, Any] | None) -> str:
     if not measured:
         return ''
     from ..evaluate.groups import group_rows
-    return markdown_table(['', 'group', 'faces', *(people for _, people in FIGURES.values())],
+    return markdown_table(['by', 'group', 'faces', *(people for _, people in FIGURES.values())],
                           group_rows(measured, _figure))
 
 
