@@ -11,12 +11,12 @@ import torch
 
 threads = set()
 
-def make(names, moody=0):
+def make(names, moody=0, first=0):
     def classify(faces):
         assert isinstance(faces, list) and all(face.dtype == np.uint8 and face.shape == (48, 48, 3) for face in faces)
         threads.add(torch.get_num_threads())
         levels = np.array([face.mean() + moody * (face[0, 0, 0] % 2) for face in faces])[:, None]
-        scores = np.exp(-abs(levels - np.arange(len(names)) * 50 - 30) / 20)
+        scores = np.exp(-abs(levels - (np.arange(len(names)) + first) * 50 - 30) / 20)
         return scores / scores.sum(axis=1, keepdims=True)
     classify.label_names = names
     return classify
@@ -24,7 +24,7 @@ def make(names, moody=0):
 right = make(['angry', 'happy', 'Neutral', 'sad'])
 moody = make(['anger', 'happiness', 'neutral', 'sadness'], 40)
 more = make(['angry', 'happy', 'Neutral', 'sad', 'Contempt'], 60)
-fewer = make(['angry', 'happy', 'Neutral'])
+fewer = make(['happy', 'Neutral', 'sad'], first=1)
 foreign = make(['LABEL_0', 'LABEL_1'])
 twice = make(['anger', 'Angry'])
 nameless = lambda faces: faces

@@ -227,7 +227,7 @@ def test_several_models_in_one_table(face_folder, peers, tmp_path):
     folders = [tmp_path / 'out', tmp_path / 'out' / '2-peers-right', tmp_path / 'out' / '3-peers-fewer']
     all_metrics = [json.loads((folder / 'metrics.json').read_text()) for folder in folders]
     assert [metrics['left_out'] for metrics in all_metrics] == [
-        {'images': {'sadness': 6}, 'outputs': outputs} for outputs in (['sad', 'Contempt'], ['sad'], [])]
+        {'images': {'anger': 6}, 'outputs': outputs} for outputs in (['angry', 'Contempt'], ['angry'], [])]
     for row, metrics, name in zip(comparison['models'], all_metrics, names, strict=True):
         assert row['model'] == name and row['count'] == 18 and row.items() <= metrics.items()
         assert row['macro_f1_interval'] and set(row['groups']['number']['groups']) == set('012345')
@@ -243,8 +243,8 @@ def test_several_models_in_one_table(face_folder, peers, tmp_path):
 
     text = (tmp_path / 'out' / 'compare.md').read_text()
     assert text.strip() in result.stdout
-    assert f"| {names[0]} " in text and f"{100 * moody:.1f} [" in text and 'Left out: 6 images of sadness' in text
-    assert 'Left out of the answers of peers:more: sad, Contempt' in text and 'largest gap' in text
+    assert f"| {names[0]} " in text and f"{100 * moody:.1f} [" in text and 'Left out: 6 images of anger' in text
+    assert 'Left out of the answers of peers:more: angry, Contempt' in text and 'largest gap' in text
     models = [part for name in names for part in ('--model', name)]
     again = run(*models, *options, '--seconds', 0, '--out', tmp_path / 'b')
     assert json.loads((tmp_path / 'b' / 'compare.json').read_text()) == {
@@ -252,7 +252,7 @@ def test_several_models_in_one_table(face_folder, peers, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--compare', 'peers:fewer'], "peers:fewer does not fit: unknown class name(s) 'sadness'"),
+    (['--compare', 'peers:fewer'], "peers:fewer does not fit: unknown class name(s) 'anger'"),
     (['--groups', 'peers.py'], 'peers.py must begin with a line of different column names'),
     (['--model', 'peers:no_such'], 'cannot load the model peers:no_such'),
 ])
