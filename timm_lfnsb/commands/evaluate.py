@@ -39,12 +39,10 @@ def evaluate(
       NAME, local-dir:PATH, hf-hub:ID   a timm model with its weights
       FILE.onnx, .xml, .pt2, .pte       a file of timm-lfnsb export
       transformers:NAME_OR_FOLDER       any image-classification pipeline
-      MODULE:FUNCTION                   anything: it gets a list of uint8 RGB
-                                        arrays (H, W, 3) and returns
-                                        probabilities (N, C); its attribute
-                                        label_names names the C
+      MODULE:FUNCTION                   a function of your own
 
-    An example of a function: pydoc timm_lfnsb.evaluate.classifiers. Label folders are matched to the model's classes by
+    A function gets a list of uint8 RGB arrays (H, W, 3) and returns probabilities (N, C); its attribute label_names
+    names the C: pydoc timm_lfnsb.evaluate.classifiers shows one. Label folders are matched to the model's classes by
     name, in any order and with the usual synonyms. Writes metrics.json, predictions.csv, confusion.png and
     reliability.png; with several models those of the others into a folder each, and compare.json and compare.md: one
     table with McNemar's test of each pair and the time of an image. With --detector only detection.json.

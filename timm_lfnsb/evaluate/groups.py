@@ -45,21 +45,18 @@ def read_groups(path: str | Path, known: Sequence[str], needed: Sequence[str]) -
                             'one group in every column.')
     images = [row[0].replace('\\', '/') for row in rows]
     for what, wrong in (
-            ('more than once', sorted(image for image, count in Counter(images).items() if count > 1)),
-            ('that are not in the data', sorted(set(images) - set(known))),
+            ('names images more than once', [image for image, count in Counter(images).items() if count > 1]),
+            ('names images that are not in the data', set(images) - set(known)),
+            ('lacks images of the data, LABEL/FILE,', set(needed) - set(images)),
     ):
         if wrong:
-            raise UserError(f'{path} names {_some(wrong)} {what}.')
-    if missing := sorted(set(needed) - set(images)):
-        raise UserError(f'{path} does not name {_some(missing)}: every image of the data needs a row, its path as '
-                        'LABEL/FILE.')
-    groups = {column: dict(zip(images, cells, strict=True))
-              for column, cells in zip(header[1:], list(zip(*rows, strict=True))[1:], strict=True)}
+            raise UserError(f'{path} {what} ({len(wrong)}, such as {min(wrong)}).')
+    groups = {column: {image: row[i] for image, row in zip(images, rows, strict=True)}
+              for i, column in enumerate(header) if i}
     for column, of_image in groups.items():
-        if len({of_image[image] for image in needed}) < 2:
-            raise UserError(f'{path} has a single group in the column {column}: there is nothing to compare.')
-        if not _shared_labels(needed, of_image):
-            raise UserError(f'{path} has groups in the column {column} that share no class: they cannot be compared.')
+        if len({of_image[image] for image in needed}) < 2 or not _shared_labels(needed, of_image):
+            raise UserError(f'{path} has nothing to compare in the column {column}: that takes two groups or more, and '
+                            'a class that all of them have.')
     return groups
 
 
@@ -69,10 +66,6 @@ def _shared_labels(files: Sequence[str], of_image: Mapping[str, str]) -> set[str
     for file in files:
         labels.setdefault(of_image[file], set()).add(folder_name(file))
     return set.intersection(*labels.values())
-
-
-def _some(images: Sequence[str]) -> str:
-    return f"{len(images)} image(s) ({', '.join(images[:3])}{', ...' if len(images) > 3 else ''})"
 
 
 def measure_groups(predictions: Predictions, groups: Groups) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def predict_folder(
         device: See `to_device`.
         workers: Processes that read images, 0 for none.
         perturb: What to do to each image before the preprocessing, see `robustness`.
-        classes: Canonical names of the only classes that count, see `common_classes`: images of others are left out,
+        classes: Canonical names of the only classes that count, see `counted_classes`: images of others are left out,
             and so are other outputs, after which the probabilities sum to 1 again.
 
     Raises:

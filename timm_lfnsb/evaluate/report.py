@@ -19,13 +19,14 @@ from ..labels import canonical_name
 from ..util.files import replacing, write_json
 from ..util.text import markdown_table
 from ..version import __version__
-from .classifiers import check_labels, common_classes, load_classifier, measure_latency
+from .classifiers import counted_classes, load_classifier, measure_latency
 from .figures import confusion_figure, reliability_figure
 from .groups import group_rows, measure_groups, read_groups
 from .metrics import FIGURES, compare_predictions, compute_metrics, holm, percent
 from .predictions import Predictions, folder_name, labelled_images, predict_folder
 
 PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
+FIGURE_NAMES = [key.replace('_', ' ') for key in FIGURES]
 
 
 def evaluate_folder(
@@ -41,7 +42,7 @@ def evaluate_folder(
 
     Args:
         models: Names for `load_classifier`.
-        common: Leave out the classes that the data or one of the models lacks, see `common_classes`.
+        common: Leave out the classes that the data or one of the models lacks, see `counted_classes`.
         groups: A file for `read_groups`, where figures are wanted by group as well.
         seconds: How long to time each of several models, see `measure_latency`; 0 for not at all.
 
@@ -53,15 +54,13 @@ def evaluate_folder(
             is damaged.
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
+    names = [models] if isinstance(models, str) else models
     files = labelled_images(data_dir, split)
     counts = Counter(map(folder_name, files))
-    classifiers = [load_classifier(name, device) for name in ([models] if isinstance(models, str) else models)]
-    classes = common_classes(classifiers, counts) if common else None
-    if classes is None:
-        check_labels(classifiers, counts)
-    else:
-        files = [file for file in files if canonical_name(folder_name(file)) in classes]
-    of_image = read_groups(groups, labelled_images(data_dir, split), files) if groups else None
+    classifiers = [load_classifier(name, device) for name in names]
+    classes = counted_classes(classifiers, counts, common)
+    counted = [file for file in files if canonical_name(folder_name(file)) in classes]
+    of_image = read_groups(groups, files, counted) if groups else None
     setting = {
         'split': split,
         'data_checksum': read_description(data_dir)['sha256'] if (data_dir / DESCRIPTION).is_file() else None,
@@ -69,49 +68,34 @@ def evaluate_folder(
         'versions': {'timm_lfnsb': __version__, **{name: version(name) for name in PACKAGES}},
     }
     out_dir.mkdir(parents=True, exist_ok=True)
-    predictions = [predict_folder(classifier, data_dir, split, tta, classes=classes, **options)
+    predictions = [predict_folder(classifier, data_dir, split, tta, classes=classes if common else None, **options)
                    for classifier in classifiers]
-    measured = []
-    for classifier, predicted in zip(classifiers, predictions, strict=True):
-        config = classifier.input_config
-        left_out = None if classes is None else {
-            'images': {name: count for name, count in counts.items() if canonical_name(name) not in classes},
-            'outputs': [name for name in classifier.label_names if canonical_name(name) not in classes]}
-        measured.append({
-            'model': classifier.name, **compute_metrics(predicted), **setting, 'left_out': left_out,
-            'image_size': list(config['input_size'][1:]) if config else None,
-            'preprocessing': {key: value for key, value in config.items() if key != 'input_size'} or None,
-            **({'groups': measure_groups(predicted, of_image)} if of_image else {})})
+    measured = [{
+        'model': classifier.name, **compute_metrics(predicted), **setting,
+        'left_out': {'images': {name: count for name, count in counts.items() if canonical_name(name) not in classes},
+                     'outputs': [name for name in classifier.label_names if name not in predicted.label_names]},
+        'image_size': [*classifier.input_config.get('input_size', ())[1:]],
+        'preprocessing': {key: value for key, value in classifier.input_config.items() if key != 'input_size'},
+        **({'groups': measure_groups(predicted, of_image)} if of_image else {}),
+    } for classifier, predicted in zip(classifiers, predictions, strict=True)]
     comparison = None
-    if len(classifiers) > 1:
-        comparison = _compare(measured, predictions) | setting
+    if len(names) > 1:
+        indices = [*combinations(range(len(names)), 2)]
+        pairs = [compare_predictions(predictions[i], predictions[j]) for i, j in indices]
+        comparison = {'models': measured, **setting, 'pairs': [
+            {'first': names[i], 'second': names[j], **pair, 'p_holm': p_holm}
+            for (i, j), pair, p_holm in zip(indices, pairs, holm([pair['p_value'] for pair in pairs]), strict=True)]}
         if seconds:
-            names = [classifier.name for classifier in classifiers]
-            with Image.open(data_dir / split / files[0]) as image:
+            with Image.open(data_dir / split / counted[0]) as image:
                 comparison['latency'] = measure_latency(names, image, seconds)
     for number, (metrics, predicted) in enumerate(zip(measured, predictions, strict=True), 1):
         name = re.sub(r'[^\w.-]+', '-', metrics['model'])
         _write_report(out_dir if number == 1 else out_dir / f'{number}-{name}', metrics, predicted)
-    if comparison is not None:
+    if comparison:
         write_json(out_dir / 'compare.json', comparison)
         with replacing(out_dir / 'compare.md') as path:
             path.write_text(f'{format_comparison(comparison)}\n', encoding='utf-8')
     return measured[0], comparison
-
-
-def _compare(measured: Sequence[dict[str, Any]], predictions: Sequence[Predictions]) -> dict[str, Any]:
-    """What compare.json says of models and pairs; `p_holm` of a pair allows for the number of pairs."""
-    pairs = []
-    for first, second in combinations(range(len(measured)), 2):
-        pairs.append({
-            'first': measured[first]['model'], 'second': measured[second]['model'],
-            'accuracy_first': measured[first]['accuracy'], 'accuracy_second': measured[second]['accuracy'],
-            **compare_predictions(predictions[first], predictions[second])})
-    for pair, p_value in zip(pairs, holm([pair['p_value'] for pair in pairs]), strict=True):
-        pair['p_holm'] = p_value
-    keys = ('model', 'count', *(f'{key}{end}' for key in FIGURES for end in ('', '_interval')), 'absent', 'left_out',
-            'groups')
-    return {'models': [{key: metrics[key] for key in keys if key in metrics} for metrics in measured], 'pairs': pairs}
 
 
 def _write_report(folder: Path, metrics: dict[str, Any], predictions: Predictions) -> None:
@@ -138,21 +122,21 @@ def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = 
     table = partial(tabulate, tablefmt='plain', disable_numparse=True)
     parts = [
         f"{metrics['model']} on {metrics['split']}: {metrics['count']} images",
-        table([[key.replace('_', ' '), percent(metrics, key)] for key in FIGURES]),
+        table([[name, percent(metrics, key)] for name, key in zip(FIGURE_NAMES, FIGURES, strict=True)]),
         table(classes, ['class', 'count', 'precision', 'recall', 'F1']),
         'percent, with 95 % intervals; averages over the classes that occur',
     ]
-    if comparison is not None:
-        return '\n\n'.join([*parts, format_comparison(comparison)])
-    return '\n\n'.join([*parts, *_notes([metrics])])
+    parts += [format_comparison(comparison)] if comparison else _notes([metrics])
+    return '\n\n'.join(parts)
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
     """The content of compare.json as Markdown, in percent and points, with 95 % intervals in brackets."""
     models, latency = comparison['models'], comparison.get('latency')
+    headers = ['model', *FIGURE_NAMES]
     rows = [[metrics['model'], *(percent(metrics, key) for key in FIGURES)] for metrics in models]
-    headers = ['model', *(key.replace('_', ' ') for key in FIGURES)]
-    notes = [f"Percent and points with 95 % intervals, {models[0]['count']} images of {comparison['split']}."]
+    notes = [f"Percent and points with 95 % intervals, {models[0]['count']} images of {comparison['split']}.",
+             "p of McNemar's exact test, two-sided; behind it corrected for the number of pairs (Holm)."]
     if latency:
         headers += ['ms an image', 'time, the first = 1']
         for row, *times in zip(rows, latency['ms'], latency['ratio'], strict=True):
@@ -162,7 +146,6 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     pairs = [[pair['first'], pair['second'], percent(pair, 'difference', '+'), pair['only_first_right'],
               pair['only_second_right'], f"{pair['p_value']:.3g}", f"{pair['p_holm']:.3g}"]
              for pair in comparison['pairs']]
-    notes.append("p of McNemar's exact test, two-sided; behind it corrected for the number of pairs (Holm).")
     return '\n\n'.join([
         markdown_table(headers, rows),
         markdown_table(['first', 'second', 'difference in accuracy', 'only first right', 'only second right', 'p',
@@ -171,20 +154,14 @@ def format_comparison(comparison: dict[str, Any]) -> str:
 
 def _notes(models: Sequence[dict[str, Any]]) -> list[str]:
     """What was left out, and the figures by group."""
-    notes = []
-    left_out = models[0]['left_out']
-    if left_out and left_out['images']:
-        counts = ', '.join(f'{count} images of {name}' for name, count in left_out['images'].items())
-        notes.append(f'Left out: {counts}')
-    for metrics in models:
-        if left_out and metrics['left_out']['outputs']:
-            notes.append(f"Left out of the answers of {metrics['model']}: {', '.join(metrics['left_out']['outputs'])}")
-        elif len(models) > 1 and metrics['absent']:
-            notes.append(f"{metrics['model']} may also answer {', '.join(metrics['absent'])}, which the data lack")
+    counts = ', '.join(f'{count} of {name}' for name, count in models[0]['left_out']['images'].items())
+    notes = [f'Images left out: {counts}'] if counts else []
+    for key, what in (('outputs', 'answers left out'), ('absent', 'may also answer what the data lack')):
+        found = [(metrics['model'], metrics['left_out'].get(key, metrics.get(key))) for metrics in models]
+        notes += [f"{model}, {what}: {', '.join(names)}" for model, names in found if names]
     if 'groups' in models[0]:
         rows = [[metrics['model'], *row] for metrics in models for row in group_rows(metrics['groups'], percent)]
-        notes.append(markdown_table(
-            ['model', 'column', 'group', 'images', *(key.replace('_', ' ') for key in FIGURES)], rows))
+        notes.append(markdown_table(['model', 'by', 'group', 'images', *FIGURE_NAMES], rows))
         notes += [f"Averages by {column} run over the classes that all its groups have: {', '.join(of['classes'])}."
                   for column, of in models[0]['groups'].items()]
         notes.append('The largest of several gaps is large by chance, too: its interval is that of the two groups.')

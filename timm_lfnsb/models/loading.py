@@ -56,12 +56,8 @@ def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Modul
     Raises:
         UserError: When there is no such device.
     """
-    device = best_device() if device == 'auto' else device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
     with one_sentence(f"cannot use the device '{device}'"):
         model = model.to(device)
     return model
-
-
-def best_device() -> str:
-    """CUDA where there is one, else the CPU."""
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
