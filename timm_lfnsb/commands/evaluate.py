@@ -26,7 +26,7 @@ import click
               help='Repeat the outermost pixels around what is searched.')
 @click.option('--tta', type=click.Choice(['hflip']), help='Average over each image and its mirror image.')
 @click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
-@click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
+@click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
 @click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')
 def evaluate(
         models: tuple[str, ...], data_dir: str, out: str, split: str, device: str, compare: str | None,
