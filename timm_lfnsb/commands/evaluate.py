@@ -18,6 +18,8 @@ import click
 @click.option('--border', default=0., show_default=True, metavar='FRACTION', type=click.FloatRange(min=0),
               help='Repeat the outermost pixels around what is searched.')
 @click.option('--tta', type=click.Choice(['hflip']), help='Average over each image and its mirror image.')
+@click.option('--calibration/--no-calibration', default=True, show_default=True,
+              help="Apply the model's temperature to the probabilities, if it has one, or take plain softmax.")
 @click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
 @click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')
@@ -28,11 +30,11 @@ def evaluate(
     """Measure a model on a folder of labelled faces.
 
     Label folders are matched to the model's classes by name, in any order and with the usual synonyms. Writes
-    metrics.json, predictions.csv, confusion.png and reliability.png, with --compare also compare.json; with --detector
-    only detection.json.
+    metrics.json, predictions.csv, confusion.png, reliability.png and coverage.png, with --compare also compare.json; with
+    --detector only detection.json.
     """
-    if detector and (options['compare'] or options['tta']):
-        raise click.UsageError('--compare and --tta are for crops, without --detector.')
+    if detector and (options['compare'] or options['tta'] or not options['calibration']):
+        raise click.UsageError('--compare, --tta and --no-calibration are for crops, without --detector.')
     if detector:
         from ..evaluate.detection import evaluate_detector, format_detection
         click.echo(format_detection(evaluate_detector(

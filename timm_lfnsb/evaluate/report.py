@@ -12,10 +12,12 @@ from timm.data import resolve_model_data_config
 
 from ..data.prepare import DESCRIPTION, read_description
 from ..models.loading import load_model
+from ..models.temperature import model_temperature
 from ..util.files import replacing, write_json
 from ..version import __version__
-from .figures import confusion_figure, reliability_figure
-from .metrics import compare_predictions, compute_metrics, percent
+from .calibration import scale
+from .figures import confusion_figure, coverage_figure, reliability_figure
+from .metrics import compare_predictions, compute_coverage, compute_metrics, percent
 from .predictions import predict_folder
 
 PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
@@ -23,12 +25,15 @@ PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', '
 
 def evaluate_folder(
         model_name: str, data_dir: str | Path, out_dir: str | Path, split: str = 'test', compare: str | None = None,
-        tta: str | None = None, **options: Any,
+        tta: str | None = None, calibration: bool = True, **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Evaluate a model on DATA_DIR/SPLIT, with options as for `predict_folder`, and write the report into a folder.
 
-    Writes metrics.json, predictions.csv, confusion.png and reliability.png, and compare.json where there is another
-    model to `compare` with on the same images. Files of these names are replaced, each as a whole.
+    Writes metrics.json, predictions.csv, confusion.png, reliability.png and coverage.png, and compare.json where there
+    is another model to `compare` with on the same images. Files of these names are replaced, each as a whole.
+
+    Probabilities are calibrated by the model's temperature (with `tta`, after the mean), unless none is known or
+    `calibration` is off; metrics.json says so in `temperature` and `calibrated`, and has `ece_plain` of plain softmax.
 
     Returns:
         The content of metrics.json, and of compare.json or None.
@@ -57,8 +62,13 @@ def evaluate_folder(
             **compare_predictions(predictions, second), **setting,
         }
         write_json(out_dir / 'compare.json', comparison)
+    temperature, ece_plain = model_temperature(model), compute_metrics(predictions)['ece']
+    calibrated = calibration and temperature is not None
+    if calibrated:
+        predictions = scale(predictions, temperature)
     metrics = {
-        'model': model_name, **compute_metrics(predictions), **setting,
+        'model': model_name, **compute_metrics(predictions), 'coverage': compute_coverage(predictions),
+        'ece_plain': ece_plain, 'temperature': temperature, 'calibrated': calibrated, **setting,
         'image_size': list(data_config['input_size'][1:]),
         'preprocessing': {key: value for key, value in data_config.items() if key != 'input_size'},
     }
@@ -70,11 +80,21 @@ def evaluate_folder(
                 predictions.files, predictions.labels, predictions.predicted, predictions.probabilities, strict=True):
             writer.writerow([image, names[label], names[predicted], *row])
     for name, figure in (('confusion.png', confusion_figure(metrics['confusion'], names)),
-                         ('reliability.png', reliability_figure(metrics['calibration'], metrics['ece']))):
+                         ('reliability.png', reliability_figure(metrics['calibration'], metrics['ece'])),
+                         ('coverage.png', coverage_figure(metrics['coverage']))):
         with replacing(out_dir / name) as path:
             figure.savefig(path)
     write_json(out_dir / 'metrics.json', metrics)
     return metrics, comparison
+
+
+def _probabilities(metrics: dict[str, Any]) -> str:
+    """What the probabilities are, in a sentence."""
+    if metrics['calibrated']:
+        return (f"probabilities with the model's temperature {metrics['temperature']:.3f}; as plain softmax they have an "
+                f"ece of {percent(metrics, 'ece_plain')}")
+    return 'probabilities are plain softmax' + (
+        '' if metrics['temperature'] else ': no temperature comes with the model (pack --calibrate fits one)')
 
 
 def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
@@ -89,6 +109,9 @@ def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = 
         table([[key.replace('_', ' '), percent(metrics, key)] for key in averages]),
         table(classes, ['class', 'count', 'precision', 'recall', 'F1']),
         'percent, with 95 % intervals; averages over the classes that occur',
+        table([[f"{100 * row['coverage']:.0f} %", percent(row, 'accuracy'), f"{row['threshold']:.3f}"]
+               for row in metrics['coverage'][1::2]], ['surest images', 'accuracy', 'predict --unsure']),
+        _probabilities(metrics),
     ]
     if comparison is not None:
         parts.append(

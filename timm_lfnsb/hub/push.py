@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from ..errors import UserError
 from ..labels import model_label_names
 from ..models.loading import load_model
+from ..models.temperature import TEMPERATURE_KEY
 from ..util.files import file_sha256
 from ..version import __version__
 from ..weights.fetch import describe_error
@@ -90,9 +91,10 @@ def staged(
             _copy_folder(Path(source), folder)
         elif source in embedded_weights():
             info = checked_info(source)
+            known = {TEMPERATURE_KEY: info['temperature']} if 'temperature' in info else {}
             save_for_hf(
-                timm.create_model(source), temporary, model_config={'label_names': info['label_names']},
-                safe_serialization=True)
+                timm.create_model(source), temporary, safe_serialization=True,
+                model_config={'label_names': info['label_names'], **known})
             # The very file, whose SHA-256 readers check.
             shutil.copyfile(WEIGHTS_DIR / f'{source}.safetensors', folder / 'model.safetensors')
             card.write_text(render_card(info, repo_id), encoding='utf-8')
