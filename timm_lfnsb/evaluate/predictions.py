@@ -63,6 +63,7 @@ def predict_folder(
         model: str | nn.Module, data_dir: str | Path, split: str = 'test', tta: str | None = None, batch_size: int = 64,
         device: str = 'auto', workers: int = 2, progress: bool = True,
         perturb: Callable[[Image.Image], Image.Image] | None = None,
+        match: Callable[[list[str], Sequence[str]], dict[str, int]] = match_labels,
 ) -> Predictions:
     """Classify the images DATA_DIR/SPLIT/LABEL/FILE.
 
@@ -72,6 +73,7 @@ def predict_folder(
         device: See `to_device`.
         workers: Processes that read images, 0 for none.
         perturb: What to do to each image before the preprocessing, see `robustness`.
+        match: From folder names and `label_names` to the index that stands for each folder in `labels`.
 
     Raises:
         UserError: When the model, folder, an image or the device cannot be used, or label names do not match.
@@ -96,7 +98,7 @@ def predict_folder(
         there = ', '.join(sorted(path.name for path in Path(data_dir).glob('*') if path.is_dir())) or 'none'
         raise UserError(f'there are no images in {root / "LABEL"}; folders in {data_dir}: {there}.') from None
     files = [Path(file) for file in images.filenames()]
-    indices = match_labels(sorted({file.parent.name for file in files}), label_names)
+    indices = match(sorted({file.parent.name for file in files}), label_names)
     place = next(model.parameters(), torch.empty(0)).device
     outputs = []
     with torch.inference_mode(), tqdm(total=len(images), desc=split, unit='image', disable=not progress) as bar:
