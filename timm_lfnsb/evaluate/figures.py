@@ -50,12 +50,11 @@ def coverage_figure(coverage: Sequence[Mapping[str, Any]]) -> Figure:
     axes.fill_between(shares, low, high, alpha=0.2, label='95 % interval')
     axes.plot(shares, accuracies, 'o-', markersize=4, clip_on=False, label='accuracy')
     axes.axhline(accuracies[-1], color='0.5', linestyle='--', label='accuracy of all')
-    # As many thresholds as fit.
-    for row in coverage[1::max(1, len(coverage) // 6)]:
+    for row in coverage[1:-1:3]:  # as many thresholds as fit
         axes.annotate(f"{row['threshold']:.2f}", (100 * row['coverage'], 100 * row['accuracy']), (0, 9),
                       textcoords='offset points', ha='center')
-    axes.set(xlim=(0, 100), ylim=(max(0, min(low) - 5), 103), xlabel='images with an answer, the surest first, in %',
-             ylabel='accuracy of these, in %', title='beside the points: the probability at which the answers end')
+    axes.set(xlim=(0, 100), ylim=(max(0, min(low) - 5), max(high) + 5), xlabel='images with an answer, the surest first, in %',
+             ylabel='accuracy of these, in %', title='beside the points: the least of their probabilities')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=3)
     return figure

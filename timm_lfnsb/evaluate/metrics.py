@@ -90,7 +90,7 @@ def compute_coverage(predictions: Predictions) -> list[dict[str, Any]]:
     total = len(predictions.labels)
     confidence = predictions.probabilities.max(axis=1)
     rows = {}
-    for threshold in np.sort(confidence)[::-1][np.ceil(np.arange(1, 21) / 20 * total).astype(int) - 1]:
+    for threshold in np.sort(confidence)[::-1][(np.arange(1, 21) * total - 1) // 20]:
         right = predictions.correct[confidence >= threshold]
         rows[len(right)] = {
             'coverage': len(right) / total, 'threshold': float(threshold), 'count': len(right),
