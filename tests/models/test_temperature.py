@@ -25,7 +25,8 @@ def test_embedded_weights_have_that_of_their_json(name):
 def test_folders_have_that_of_their_config(value, expected, tmp_path):
     """A network with the embedded weights' name and tag is not those weights."""
     model = timm.create_model('lfnsb.ferplus')
-    save_for_hf(model, tmp_path, model_config={'softmax_temperature': value} if value else None, safe_serialization=True)
+    save_for_hf(
+        model, tmp_path, model_config={'softmax_temperature': value} if value else None, safe_serialization=True)
     assert model_temperature(load_model(f'local-dir:{tmp_path}')) == expected
 
 

@@ -66,7 +66,7 @@ def convert(
         drop: What to leave out, by the start of its keys: 'fc' leaves out fc.weight and fc.bias.
 
     Raises:
-        UserError: When the file, the model and the labels do not fit, or no order can be found; nothing is written then.
+        UserError: When the file, the model and the labels do not fit, or no order is found; nothing is written then.
     """
     if model not in default_cfgs:
         raise UserError(f"there is no model {model} to convert to: choose one of {', '.join(default_cfgs)}.")
@@ -196,7 +196,7 @@ def resolve_labels(labels: str | Sequence[str] | None, num_classes: int) -> tupl
         sets = [f"{name} ({', '.join(names)})" for name, names in LABEL_SETS.items() if len(names) == num_classes]
         raise UserError(
             f'has a classifier of {num_classes} classes and nothing in it says which: give --labels with '
-            f"{', '.join([*sets, 'all names in the order of its outputs'])}; or find the order by --labels auto; or leave it out with --drop fc.")
+            f"{', '.join([*sets, 'all names in the order of its outputs', 'auto'])}; or leave it out with --drop fc.")
     if isinstance(labels, str):
         labels = LABEL_SETS.get(labels) or labels.split(',')
     return tuple(name.strip() for name in labels or ())

@@ -30,8 +30,8 @@ def evaluate(
     """Measure a model on a folder of labelled faces.
 
     Label folders are matched to the model's classes by name, in any order and with the usual synonyms. Writes
-    metrics.json, predictions.csv, confusion.png, reliability.png and coverage.png, with --compare also compare.json; with
-    --detector only detection.json.
+    metrics.json, predictions.csv, confusion.png, reliability.png and coverage.png, with --compare also compare.json;
+    with --detector only detection.json.
     """
     if detector and (options['compare'] or options['tta'] or not options['calibration']):
         raise click.UsageError('--compare, --tta and --no-calibration are for crops, without --detector.')

@@ -12,7 +12,7 @@ import click
 @click.option('--ema/--no-ema', default=True, help='Take the moving average of the weights, if the run kept one.')
 @click.option('--half', is_flag=True, help='Store kernels and matrices as float16.')
 @click.option('--calibrate', type=click.Path(path_type=Path, file_okay=False), metavar='DATA_DIR',
-              help='Fit the temperature of the probabilities on DATA_DIR/validation/LABEL, and store it in config.json.')
+              help='Fit the temperature of the probabilities on DATA_DIR/validation and store it in config.json.')
 def pack(run: Path, out_dir: Path, labels: str | None, **options: Any) -> None:
     """Turn RUN (a run folder or a checkpoint of train.py) into a timm folder OUT_DIR for 'local-dir:OUT_DIR'."""
     from ..checkpoints.pack import pack as pack_run

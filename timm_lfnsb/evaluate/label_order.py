@@ -29,14 +29,14 @@ def find_label_order(model: Any, data_dir: Path, **options: Any) -> LabelOrder:
     """Find the order of a model's outputs from labelled images DATA_DIR/LABEL/FILE or DATA_DIR/SPLIT/LABEL/FILE.
 
     Splits are taken in the order validation, test, train, the first that is there. The images must be of the model's
-    classes, all of them and no others: which class a model does not know can not be told from its outputs. See `assign`.
+    classes, all and no others: which class a model does not know cannot be told from its outputs. See `assign`.
 
     Args:
         model: A timm model; the `label_names` of its `pretrained_cfg` are replaced by placeholders.
         options: As for `predict_folder`.
 
     Raises:
-        UserError: When there are more classes than outputs or fewer, a class has fewer than `MIN_IMAGES` images, or fewer
+        UserError: When there are not as many classes as outputs, a class has fewer than `MIN_IMAGES` images, or fewer
             than `MIN_SHARE` of the bootstrap samples agree.
     """
     outputs = model.num_classes
@@ -51,8 +51,8 @@ def find_label_order(model: Any, data_dir: Path, **options: Any) -> LabelOrder:
         raise UserError(f"two of the folders [{', '.join(folders)}] mean the same expression: merge them.")
     if len(classes) != outputs:
         todo = 'add images of the others' if len(classes) < outputs else 'leave out the folders that it does not know'
-        raise UserError(f"{data_dir} has images of {len(classes)} classes ({', '.join(classes)}) and the checkpoint has "
-                        f'{outputs} outputs: {todo}, or give --labels with all names.')
+        raise UserError(f"{data_dir} has images of {len(classes)} classes ({', '.join(classes)}) and the checkpoint "
+                        f'has {outputs} outputs: {todo}, or give --labels with all names.')
     if few:
         raise UserError(f"{data_dir} has too few images of {', '.join(few)}: give at least {MIN_IMAGES} of each class.")
     scores = log_probabilities(predictions)

@@ -91,8 +91,8 @@ def evaluate_folder(
 def _probabilities(metrics: dict[str, Any]) -> str:
     """What the probabilities are, in a sentence."""
     if metrics['calibrated']:
-        return (f"probabilities with the model's temperature {metrics['temperature']:.3f}; as plain softmax they have an "
-                f"ece of {percent(metrics, 'ece_plain')} %")
+        return (f"probabilities with the model's temperature {metrics['temperature']:.3f}; as plain softmax they have "
+                f"an ece of {percent(metrics, 'ece_plain')} %")
     return 'probabilities are plain softmax' + (
         '' if metrics['temperature'] else ': no temperature comes with the model (pack --calibrate fits one)')
 

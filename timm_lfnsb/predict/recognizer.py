@@ -91,7 +91,7 @@ class ExpressionRecognizer:
         workers: Threads that read images and search them beside the network, 0 for none; by default one a core, at
             most four.
         calibration: Divide the logits by the temperature that comes with the weights, where there is one
-            (`model_temperature`), so that a score of 0.8 is right in about 8 of 10 cases; else scores are plain softmax.
+            (`model_temperature`): scores come closer to how often they are right. Else scores are plain softmax.
         unsure: Call faces whose score is below this 'unsure', 0 for none.
         device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
 

@@ -23,8 +23,8 @@ from .recognizer import UNSURE, ExpressionRecognizer, Face
 
 Kind: TypeAlias = Literal['result', 'hint', 'problem']
 
-PLAIN = ('no temperature comes with these weights, so the scores that --unsure looks at are plain softmax, which may be too '
-         'sure or not sure enough.')
+PLAIN = ('no temperature comes with these weights, so the scores that --unsure looks at are plain softmax, which may '
+         'be too sure or not sure enough.')
 HINT = ('where an image is a crop of a face already, --detector none takes it whole; --min-score 0.5 also finds faint '
         'faces, and a larger or brighter picture shows more of them.')
 
