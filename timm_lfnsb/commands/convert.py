@@ -50,8 +50,8 @@ def convert(
     else:
         click.echo('no classifier: it ends at the embedding')
     if found := converted.found:
-        click.echo(f'found from {found.count} images: {100 * found.share:.1f} % of bootstrap samples give this order, with '
-                   f'which a class has {100 * found.accuracy:.1f} % of its images named right on average')
+        click.echo(f'found from {found.count} images: {100 * found.share:.1f} % of bootstrap samples give this order, '
+                   f'with which a class has {100 * found.accuracy:.1f} % of its images named right on average')
     if converted.unused:
         click.echo(f"left out, because the authors' code never uses them: {converted.unused} tensors")
     if converted.foreign:

@@ -54,7 +54,8 @@ def coverage_figure(coverage: Sequence[Mapping[str, Any]]) -> Figure:
         axes.annotate(f"{row['threshold']:.2f}", (100 * row['coverage'], 100 * row['accuracy']), (0, 9),
                       textcoords='offset points', ha='center')
     axes.set(xlim=(0, 100), ylim=(max(0, min(low) - 5), max(high) + 5),
-             xlabel='images with an answer, the surest first, in %', ylabel='accuracy of these, in %', title='beside the points: the least of their probabilities')
+             xlabel='images with an answer, the surest first, in %', ylabel='accuracy of these, in %',
+             title='beside the points: the least of their probabilities')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=3)
     return figure

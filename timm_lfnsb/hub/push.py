@@ -11,20 +11,17 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-import timm
 from huggingface_hub import HfApi, ModelCard
-from timm.models import save_for_hf
 
 from ..errors import UserError
 from ..labels import model_label_names
 from ..models.loading import load_model
-from ..models.temperature import TEMPERATURE_KEY
 from ..util.files import file_sha256
 from ..version import __version__
 from ..weights.fetch import describe_error
-from ..weights.names import WEIGHTS_DIR, embedded_weights, hub_id
+from ..weights.names import embedded_weights, hub_id, weights_info
 from .card import render_card, render_card_for_folder
-from .ship import checked_info
+from .ship import write_embedded
 
 # What may be published: neither pickles nor code, which readers of a repository might run, nor pictures of data.
 _PUBLISHED = ('.safetensors', '.json', '.md', '.txt', '.yaml', '.yml', '.onnx', 'LICENSE', 'NOTICE')
@@ -90,14 +87,8 @@ def staged(
         if Path(source).is_dir():
             _copy_folder(Path(source), folder)
         elif source in embedded_weights():
-            info = checked_info(source)
-            known = {TEMPERATURE_KEY: info['temperature']} if 'temperature' in info else {}
-            save_for_hf(
-                timm.create_model(source), temporary, safe_serialization=True,
-                model_config={'label_names': info['label_names'], **known})
-            # The very file, whose SHA-256 readers check.
-            shutil.copyfile(WEIGHTS_DIR / f'{source}.safetensors', folder / 'model.safetensors')
-            card.write_text(render_card(info, repo_id), encoding='utf-8')
+            write_embedded(source, folder)
+            card.write_text(render_card(weights_info(source), repo_id), encoding='utf-8')
         else:
             raise UserError(f'{source} is neither a folder nor the name of embedded weights '
                             f"({', '.join(embedded_weights())}).")
