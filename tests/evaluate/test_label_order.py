@@ -49,7 +49,7 @@ def test_the_order_is_found(names, split, bias, tmp_path):
     names = tuple(names.split())
     make_faces(tmp_path / split, names={'happiness': 'Happy'})
     found = find_label_order(Greys(names, bias, scale=300.), tmp_path, **FAST)
-    assert found.label_names == names and found.share > 0.99 and found.count == 72
+    assert found.label_names == names and found.share > 0.99 and found.images == 72
     assert found.accuracy == pytest.approx(4 / 6 if bias[0] else 1)
 
 

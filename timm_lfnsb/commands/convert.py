@@ -50,7 +50,7 @@ def convert(
     else:
         click.echo('no classifier: it ends at the embedding')
     if found := converted.found:
-        click.echo(f'found from {found.count} images: {100 * found.share:.1f} % of bootstrap samples give this order, '
+        click.echo(f'found from {found.images} images: {100 * found.share:.1f} % of bootstrap samples give this order, '
                    f'with which a class has {100 * found.accuracy:.1f} % of its images named right on average')
     if converted.unused:
         click.echo(f"left out, because the authors' code never uses them: {converted.unused} tensors")

@@ -22,7 +22,7 @@ class LabelOrder(NamedTuple):
     label_names: tuple[str, ...]  # in the order of the outputs
     share: float  # of the bootstrap samples that give the same order
     accuracy: float  # mean over the classes of the share of their images that are named right
-    count: int  # of images
+    images: int  # how many
 
 
 def find_label_order(model: Any, data_dir: Path, **options: Any) -> LabelOrder:

@@ -63,12 +63,12 @@ def evaluate_folder(
         }
         write_json(out_dir / 'compare.json', comparison)
     temperature, ece_plain = model_temperature(model), compute_metrics(predictions)['ece']
-    calibrated = calibration and temperature is not None
-    if calibrated:
+    if calibration and temperature is not None:
         predictions = scale(predictions, temperature)
     metrics = {
         'model': model_name, **compute_metrics(predictions), 'coverage': compute_coverage(predictions),
-        'ece_plain': ece_plain, 'temperature': temperature, 'calibrated': calibrated, **setting,
+        'ece_plain': ece_plain, 'temperature': temperature,
+        'calibrated': calibration and temperature is not None, **setting,
         'image_size': list(data_config['input_size'][1:]),
         'preprocessing': {key: value for key, value in data_config.items() if key != 'input_size'},
     }

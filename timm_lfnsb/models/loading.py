@@ -45,6 +45,7 @@ def load_model(name: str, inference: bool = False, cache_dir: str | Path | None 
 
 def _create_model(name: str, cache_dir: str | Path | None) -> tuple[nn.Module, Any]:
     """The model, and what comes with its weights as their temperature, if anything."""
+    model: Any
     prefix, _, model_id = name.partition(':')
     if prefix.lower() in ('hf-hub', 'hf_hub'):
         repo_id, _, revision = model_id.partition('@')
