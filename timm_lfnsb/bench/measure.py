@@ -37,6 +37,7 @@ from torch import nn
 
 from ..errors import UserError, one_sentence, reason
 from ..export.export import export_model
+from ..models.names import check_model_name
 from ..predict.exported import ExportedModel
 from ..train.task import CosineHarmonyTask
 from ..util.machine import available_cores, cpu_name, git_commit
@@ -81,6 +82,7 @@ class Network:
             from ..models.count import count_model  # fvcore warns when it is imported, also of --show
             match = re.fullmatch(r'(.+)@(\d+)', self.label)
             name, size = (match[1], int(match[2])) if match else (self.label, None)
+            check_model_name(name)
             located = name.startswith(('local-dir:', 'hf-hub:'))
             config = None if located else timm.models.get_pretrained_cfg(name)
             weights = f'{config.architecture}.{config.tag}' if config else name

@@ -21,7 +21,7 @@ import click
 @click.option('--calibration/--no-calibration', default=True, show_default=True,
               help="Apply the model's temperature to the probabilities, if it has one, or take plain softmax.")
 @click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
-@click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
+@click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
 @click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')
 def evaluate(
         model: str, data_dir: str, out: str, split: str, device: str, detector: str | None, min_score: float,

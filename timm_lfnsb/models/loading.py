@@ -13,6 +13,7 @@ from ..errors import one_sentence
 from ..util.files import read_json
 from ..weights.fetch import fetch_model, fetch_weights
 from ..weights.names import HUB_ORG, HUB_REVISIONS, embedded_weights, weights_info
+from .names import check_model_name
 from .networks import MixedFeatureNet
 from .temperature import TEMPERATURE_KEY, check_temperature
 
@@ -56,6 +57,8 @@ def _create_model(name: str, cache_dir: str | Path | None) -> tuple[nn.Module, A
             return model, weights_info(weights).get('temperature')
         prefix, model_id = 'local-dir', str(fetch_model(repo_id, revision or None, cache_dir))
         name = f'{prefix}:{model_id}'
+    else:
+        check_model_name(name)
     model = timm.create_model(name, pretrained=True, cache_dir=cache_dir)
     if prefix.lower() == 'local-dir':
         return model, read_json(Path(model_id) / 'config.json').get(TEMPERATURE_KEY)
@@ -64,13 +67,13 @@ def _create_model(name: str, cache_dir: str | Path | None) -> tuple[nn.Module, A
 
 
 def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Module:
-    """Move a model to a torch device; 'auto' is CUDA where there is one, else the CPU.
+    """Move a model to a torch device; 'auto' is CUDA where there is one, else Apple's MPS, else the CPU.
 
     Raises:
         UserError: When there is no such device.
     """
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     with one_sentence(f"cannot use the device '{device}'"):
         model = model.to(device)
     return model

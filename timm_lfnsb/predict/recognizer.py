@@ -77,6 +77,9 @@ class ExpressionRecognizer:
         >>> for face in recognize('photo.jpg'):
         ...     print(face.box, face.label, face.score)
 
+    May be shared by threads, copied, pickled, and used in spawned processes and workers of a `DataLoader` that spawns.
+    A process forked after the first use hangs, as with any torch model: threads of OpenMP do not survive a fork.
+
     Args:
         model: A name for `load_model`; or a timm model with its weights and `label_names` in its `pretrained_cfg`,
             which is moved to the device and put into eval mode; or a file that `timm-lfnsb export` wrote.
@@ -93,7 +96,7 @@ class ExpressionRecognizer:
         calibration: Divide the logits by the temperature that comes with the weights, where there is one
             (`model_temperature`): scores come closer to how often they are right. Else scores are plain softmax.
         unsure: Call faces whose score is below this 'unsure', 0 for none.
-        device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
+        device: A torch device, or 'auto' for CUDA, else Apple's MPS, else the CPU. Exported files take the CPU only.
 
     Raises:
         ValueError: When an argument is out of range, or the model has no label names or other than 1 or 3 channels.
@@ -171,8 +174,8 @@ class ExpressionRecognizer:
     def stream(self, images: Iterable[ImageInput]) -> Iterator[list[Face] | ImageError]:
         """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be used.
 
-        `batch_size` images or faces at a time, as crops. Workers are two images each ahead: `workers=0` and
-        `batch_size=1` where each result is wanted before the next image is there.
+        `batch_size` images or faces at a time, as crops. Workers are a batch and two images each ahead: `workers=0`
+        and `batch_size=1` where each result is wanted before the next image is there.
         """
         pending: list[list[dict[str, Any]] | ImageError] = []
         crops: list[torch.Tensor] = []
@@ -201,10 +204,11 @@ class ExpressionRecognizer:
             return self._find(*read) if ours else read
 
         numbered, queue = enumerate(images, 1), deque[Future[Any]]()
+        ahead = self.batch_size + 2 * self.workers  # enough to do while the network has a batch
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 while True:
-                    for number, source in islice(numbered, 2 * self.workers - len(queue)):
+                    for number, source in islice(numbered, ahead - len(queue)):
                         # All but files is read here, and copied: it may be shared, or written over for the next image.
                         here = not isinstance(source, (str, PathLike, bytes))
                         queue.append(pool.submit(work, number, source, self._read(number, source) if here else None))
