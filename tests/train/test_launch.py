@@ -1,6 +1,7 @@
 """`timm-lfnsb run` with a stand-in script; timm's own is in test_real_train."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,18 @@ def test_scripts_that_are_none(tmp_path):
     one_sentence(launch(script), 'no main()')
     missing = launch('no_such_train.py', env={'TIMM_SCRIPTS': ''})
     one_sentence(missing, 'no_such_train.py', 'TIMM_SCRIPTS', 'pytorch-image-models')
+
+
+@pytest.mark.parametrize('name', ['infer.py', 'my_train.py'])
+@pytest.mark.parametrize('package, words', [
+    ('nobody_has_this.part', 'it needs nobody_has_this: pip install nobody_has_this'),
+    ('onnxscript', 'it needs onnxscript: pip install "timm-lfnsb[export]"')])
+def test_a_script_that_needs_more_than_timm(name, package, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_text(f'import {package}\n')
+    one_sentence(launch(tmp_path / name), f'{name} cannot run: {words}')
+
+
+def test_a_script_whose_name_is_nearly_right(tmp_path):
+    (tmp_path / 'validate.py').write_text('')
+    one_sentence(launch('valdate.py', env={'TIMM_SCRIPTS': str(tmp_path)}), 'valdate.py (did you mean validate.py?)')

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, ModelCard
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..labels import model_label_names
 from ..models.loading import load_model
 from ..util.files import file_sha256
@@ -50,7 +50,8 @@ def push(
         UserError: When the source is no complete, sound model folder, or the Hub does not take it.
     """
     if not repo_id and source not in embedded_weights():
-        raise UserError(f'{source} needs a repository to go to: name one with --repo-id ORG/NAME.')
+        raise UserError(f'{source}{did_you_mean(source, embedded_weights())} needs a repository to go to: name one '
+                        'with --repo-id ORG/NAME.')
     repo_id = repo_id or hub_id(source)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise UserError(f"'{repo_id}' is no name of a Hub repository: it must be ORG/NAME.")
@@ -90,7 +91,8 @@ def staged(
             write_embedded(source, folder)
             card.write_text(render_card(weights_info(source), repo_id), encoding='utf-8')
         else:
-            raise UserError(f'{source} is neither a folder nor the name of embedded weights '
+            raise UserError(f'{source} is neither a folder nor the name of embedded weights'
+                            f'{did_you_mean(source, embedded_weights())} '
                             f"({', '.join(embedded_weights())}).")
         if not card.is_file():
             card.write_text(render_card_for_folder(source, repo_id, metrics, license), encoding='utf-8')

@@ -16,7 +16,7 @@ from timm.data import create_dataset
 from timm.utils import CheckpointSaver, unwrap_model, update_summary
 
 from ..errors import UserError
-from ..labels import canonical_name
+from ..labels import canonical_name, read_class_map
 from .options import rank
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
     """Label names in the order a run trained them: its class map's, else its data folders', None without them.
 
     Raises:
-        UserError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
+        UserError: When the class map is gone (the folders' order would be another one) or wrong, or its path is a
+            relative one.
     """
     class_map, data_dir = (getattr(args, name, None) or '' for name in ('class_map', 'data_dir'))
     path = class_map or data_dir
@@ -65,10 +66,10 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
             'another one by now: give the labels in the order of the run with --labels.')
     if class_map:
         try:
-            return [line.strip() for line in Path(class_map).read_text(encoding='utf-8').splitlines()]
-        except (OSError, ValueError):
-            raise UserError(f"the run's class map {class_map} is not there any more, or is not text: put it back, or "
-                            'give the labels in its order with --labels.') from None
+            return read_class_map(Path(class_map))
+        except OSError:
+            raise UserError(f"the run's class map {class_map} is not there any more: put it back, or give the labels "
+                            'in its order with --labels.') from None
     if getattr(args, 'dataset', '') or not data_dir or not Path(data_dir).is_dir():
         return None
     try:

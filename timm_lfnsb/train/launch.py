@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean, reason
 from ..losses.logit_adjustment import LogitAdjustment, prior_logits
 from .checkpoints import SafeSaver, check_output, load_losses, run_label_names, summarize, watch_loss
-from .data_check import check_class_folders, warn_of_other_labels
+from .data_check import check_class_folders, class_numbers, warn_of_other_labels
 from .datasets import BalancedDataset, SeededDataset, folder_targets, seed_epoch
 from .distillation import CosineHarmonyDistillationTask, FeatureLossDistillationTask, load_teachers
 from .feature_losses import feature_losses
@@ -42,8 +42,9 @@ def find_script(script: str) -> Path:
         if path.is_file():
             return path
     where = f'neither here nor in TIMM_SCRIPTS ({folder})' if folder else 'not here, and TIMM_SCRIPTS is not set'
+    near = did_you_mean(script, (path.name for path in Path(folder).glob('*.py'))) if folder else ''
     raise UserError(
-        f"{script} is {where}: timm's scripts are not part of its wheel, so clone "
+        f"{script}{near} is {where}: timm's scripts are not part of its wheel, so clone "
         'https://github.com/huggingface/pytorch-image-models and set TIMM_SCRIPTS to that folder, or give the path.')
 
 
@@ -59,13 +60,16 @@ def run_script(script: str, args: Sequence[str]) -> None:
     sys.argv = [str(path), *args]
     # At the end, where a clone's own timm folder cannot hide the installed package.
     sys.path.append(str(path.resolve().parent))
-    if 'train' not in path.stem:
-        runpy.run_path(str(path), run_name='__main__')
-        return
-    sys.argv[1:] = resolve_recipe(args)
-    module = load_module(path)
-    extend_train_script(module)
-    module.main()
+    try:
+        if 'train' not in path.stem:
+            runpy.run_path(str(path), run_name='__main__')
+            return
+        sys.argv[1:] = resolve_recipe(args)
+        module = load_module(path)
+        extend_train_script(module)
+        module.main()
+    except ModuleNotFoundError as error:  # timm's scripts need more than timm
+        raise UserError(f'{script} cannot run: {reason(error)}.') from error
 
 
 def load_module(path: Path) -> ModuleType:
@@ -132,6 +136,8 @@ class Hooks:
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """The script's dataset; the training set with votes, balance and seeds."""
+        if isinstance(kwargs.get('class_map'), str):
+            kwargs['class_map'] = class_numbers(kwargs['class_map'])
         dataset, options = self.script.create_dataset(*args, **kwargs), self.options
         if not kwargs.get('is_training'):
             return dataset

@@ -10,9 +10,10 @@ from pathlib import Path
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from timm.utils import world_info_from_env
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..losses import LOSSES
 from ..losses.cosine_harmony import VARIANTS
+from ..models.names import check_model_name
 from ..recipes import class_map_path, recipe_names, recipe_path
 from .feature_losses import add_loss_option, feature_losses
 
@@ -74,17 +75,18 @@ def resolve_recipe(args: Sequence[str]) -> list[str]:
         return list(args)
     if name not in recipe_names():
         raise UserError(
-            f'--config {name} is neither a file nor a recipe of this zoo ({", ".join(recipe_names())}).')
+            f'--config {name}{did_you_mean(name, recipe_names())} is neither a file nor a recipe of this zoo '
+            f'({", ".join(recipe_names())}).')
     return ['--config', str(recipe_path(name)), *others]
 
 
 def resolve_paths(options: argparse.Namespace) -> None:
     """Give the run absolute paths of class map, data and votes, which its checkpoints keep and `pack` reads."""
-    if options.class_map:
-        path = Path(options.class_map) if Path(options.class_map).is_file() else class_map_path(options.class_map)
-        options.class_map = str(path.resolve()) if path else options.class_map
     # train.py moves the old positional argument into data_dir later.
     data_dir = options.data_dir or getattr(options, 'data', None)
+    if options.class_map:
+        maps = (Path(options.class_map), class_map_path(options.class_map), Path(data_dir or '', options.class_map))
+        options.class_map = next((str(path.resolve()) for path in maps if path and path.is_file()), options.class_map)
     if data_dir and Path(data_dir).is_dir():
         options.data_dir = str(Path(data_dir).resolve())
     if options.label_votes:
@@ -122,6 +124,9 @@ def check_options(options: argparse.Namespace) -> None:
                 raise UserError(f'{flag(name)} cannot be combined with {flag(other)}: leave one of the two out.')
     losses = feature_losses(options)
     teachers = value('kd_model_name') or ''
+    for name in (value('model'), *teachers.split(',')):
+        if name:
+            check_model_name(name.strip())
     ours = ',' in teachers or losses or value('logit_adjustment')
     if teachers and ours and value('kd_distill_type', 'logit') != 'logit':
         raise UserError('--kd-model-name with several teachers, --cosine-harmony, --feature-loss or --logit-adjustment '
