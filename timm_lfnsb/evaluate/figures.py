@@ -106,7 +106,7 @@ def distances_figure(distances: Mapping[str, Sequence[Mapping[str, float]]]) -> 
     figure = Figure(figsize=(10, 1.6 + 0.38 * len(distances)), dpi=150, layout='constrained')
     panels = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(distances))
-    units = {'cosine': 'cosine distance', 'euclidean': 'Euclidean distance / mean distance from the center of all'}
+    units = {'cosine': 'cosine distance', 'euclidean': 'Euclidean distance\n(1 = mean distance from the center of all)'}
     for axes, (metric, unit) in zip(panels, units.items(), strict=True):
         for kind, shift, what in (('intra', -0.2, 'a face and the mean of its class'),
                                   ('inter', 0.2, 'the means of two classes')):

@@ -88,7 +88,8 @@ def loss_cells(row: Mapping[str, Any]) -> list[str]:
         std = '' if tests['difference_std'] is None else f" ± {100 * tests['difference_std']:.2f}"
         p_values = (tests[f'p_{pairs}_holm'] for pairs in ('seeds', 'images'))
         cells = [f"{100 * tests['difference']:+.2f}{std}", *('-' if p is None else f'{p:.2g}' for p in p_values)]
-    ratios = [seed['distances']['cosine_intra'] / seed['distances']['cosine_inter'] for seed in row['seeds']]
+    distances = [seed['distances'] for seed in row['seeds']]
+    ratios = [each['cosine_intra'] / max(each['cosine_inter'], 1e-12) for each in distances]  # 0 where all collapsed
     return [*cells, f'{np.mean(ratios):.2f}' if ratios else '-']
 
 
