@@ -55,9 +55,9 @@ def evaluate_folder(
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
     names = [models] if isinstance(models, str) else models
+    classifiers = [load_classifier(name, device) for name in names]
     files = labelled_images(data_dir, split)
     counts = Counter(map(folder_name, files))
-    classifiers = [load_classifier(name, device) for name in names]
     classes = counted_classes(classifiers, counts, common)
     counted = [file for file in files if canonical_name(folder_name(file)) in classes]
     of_image = read_groups(groups, files, counted) if groups else None
