@@ -20,9 +20,10 @@ from ..util.files import replacing, write_json
 from ..util.text import markdown_table
 from ..version import __version__
 from .classifiers import counted_classes, load_classifier, measure_latency
+from .comparison import holm
 from .figures import confusion_figure, reliability_figure
 from .groups import group_rows, measure_groups, read_groups
-from .metrics import FIGURES, compare_predictions, compute_metrics, holm, percent
+from .metrics import FIGURES, compare_predictions, compute_metrics, percent
 from .predictions import Predictions, folder_name, labelled_images, predict_folder
 
 PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
