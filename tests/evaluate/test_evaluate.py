@@ -24,7 +24,7 @@ from timm.models import save_for_hf
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.evaluate.figures import confusion_figure, coverage_figure, reliability_figure
-from timm_lfnsb.evaluate.metrics import compare_predictions, compute_coverage, compute_metrics, holm
+from timm_lfnsb.evaluate.metrics import compare_predictions, compute_coverage, compute_metrics
 from timm_lfnsb.evaluate.predictions import Predictions, predict_folder
 from timm_lfnsb.evaluate.report import evaluate_folder
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
@@ -270,11 +270,6 @@ def test_nothing_is_run_or_written_where_something_does_not_fit(face_folder, pee
     result = run('--model', 'peers:failing', *arguments, '--data-dir', face_folder, '--split', 'validation',
                  '--out', tmp_path / 'out')
     assert result.exit_code == 1 and f'Error: {message}' in result.output and not (tmp_path / 'out').exists()
-
-
-def test_holms_correction():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.6]) == pytest.approx([1, 1]) and holm([0.2]) == [0.2]
 
 
 @pytest.mark.parametrize('known, words', [

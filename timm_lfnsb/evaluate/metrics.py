@@ -135,15 +135,6 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
     }
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p values of several tests so that all hold together (Holm, 1979), in their order."""
-    order = np.argsort(p_values)
-    steps = np.sort(p_values) * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
-    return adjusted.tolist()
-
-
 def percent(figures: Mapping[str, Any], key: str, sign: str = '') -> str:
     """A figure as text in percent, with its interval in brackets where there is one."""
     value, *bounds = (f'{100 * value:{sign}.1f}' for value in (figures[key], *(figures.get(f'{key}_interval') or ())))

@@ -21,9 +21,10 @@ from ..util.text import markdown_table
 from ..version import __version__
 from .calibration import scale
 from .classifiers import counted_classes, load_classifier, measure_latency
+from .comparison import holm
 from .figures import confusion_figure, coverage_figure, reliability_figure
 from .groups import group_rows, measure_groups, read_groups
-from .metrics import FIGURES, compare_predictions, compute_coverage, compute_metrics, holm, percent
+from .metrics import FIGURES, compare_predictions, compute_coverage, compute_metrics, percent
 from .predictions import Predictions, folder_name, labelled_images, predict_folder
 
 PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
@@ -59,9 +60,9 @@ def evaluate_folder(
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
     names = [models] if isinstance(models, str) else models
+    classifiers = [load_classifier(name, device) for name in names]
     files = labelled_images(data_dir, split)
     counts = Counter(map(folder_name, files))
-    classifiers = [load_classifier(name, device) for name in names]
     classes = counted_classes(classifiers, counts, common)
     counted = [file for file in files if canonical_name(folder_name(file)) in classes]
     of_image = read_groups(groups, files, counted) if groups else None
