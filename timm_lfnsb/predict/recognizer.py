@@ -143,11 +143,12 @@ class ExpressionRecognizer:
             self.label_names = model_label_names(model)
             to_device(model, device).eval()
             config = input_config(model)
+        self.input_config = config
         chans = config['input_size'][0]
         if chans not in (1, 3):
             raise ValueError(f'the model takes {chans} channels: only grey (1) and RGB (3) models see photographs.')
-        self._mode = 'RGB' if chans == 3 else 'L'
-        self._transform = create_transform(**config, is_training=False)
+        self.mode = 'RGB' if chans == 3 else 'L'
+        self.transform = create_transform(**config, is_training=False)
 
     @overload
     def __call__(self, images: ImageInput) -> list[Face]: ...
@@ -273,14 +274,14 @@ class ExpressionRecognizer:
             crop = crop_upright(image, box, points, self.margin)
         else:
             crop = np.rot90(crop_face(image, box, self.margin), turn // 90)
-        return place, self._transform(Image.fromarray(crop).convert(self._mode))
+        return place, self.transform(Image.fromarray(crop).convert(self.mode))
 
     def _recognize(
             self, pending: list[list[dict[str, Any]] | ImageError], crops: list[torch.Tensor],
     ) -> list[list[Face] | ImageError]:
         """Faces in place of places; `crops` are those of all in order."""
         starts = range(0, len(crops), self.batch_size)
-        scores = (row for i in starts for row in self._scores(torch.stack(crops[i:i + self.batch_size])))
+        scores = (row for i in starts for row in self.scores(torch.stack(crops[i:i + self.batch_size])))
 
         def face(place: dict[str, Any]) -> Face:
             named = dict(zip(self.label_names, next(scores), strict=True))
@@ -291,14 +292,14 @@ class ExpressionRecognizer:
         return [found if isinstance(found, ImageError) else [face(place) for place in found] for found in pending]
 
     @torch.inference_mode()
-    def _scores(self, batch: torch.Tensor) -> list[list[float]]:
-        """Probabilities (N, classes) of a batch of crops."""
+    def scores(self, batch: torch.Tensor) -> list[list[float]]:
+        """Probabilities (N, classes) of a batch of crops, PIL images of `mode` put through `transform` and stacked."""
         if isinstance(self.model, ExportedModel):
             if batch.dtype == torch.uint8:  # files that normalise themselves take (B, H, W, C)
                 batch = batch.permute(0, 2, 3, 1)
             logits = torch.from_numpy(self.model(batch.numpy()))
         else:
-            like = next(self.model.parameters())
+            like = next(self.model.parameters(), torch.empty(0))
             logits = self.model(batch.to(device=like.device, dtype=like.dtype))
         if logits.shape != (len(batch), len(self.label_names)):
             raise UserError(f'the model gives outputs {tuple(logits.shape)} for {len(batch)} face(s) and has '
