@@ -23,7 +23,8 @@ class Greys(nn.Module):
         super().__init__()
         self.num_classes = len(names)
         self.pretrained_cfg = dict(input_size=(3, 8, 8), mean=(0,) * 3, std=(1,) * 3, crop_pct=1)
-        self.centers, self.bias = torch.tensor([GREYS[name] / 255 for name in names]), torch.tensor(bias)
+        self.centers = torch.tensor([GREYS[name] / 255 for name in names])
+        self.bias = nn.Parameter(torch.tensor(bias, dtype=torch.float))
         self.scale = scale
 
     def forward(self, images):
