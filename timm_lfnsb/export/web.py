@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UserError, one_sentence
 from ..labels import model_label_names
-from ..predict.faces import FERPLUS_TEMPLATE, TURNED_SCORE, UPRIGHT_SCORE, YUNET, YUNET_SIDES, YuNetDetector
+from ..predict.faces import FERPLUS_TEMPLATE, YUNET, YUNET_SIDES, YuNetDetector
 from ..predict.recognizer import input_config
 from ..util.files import write_json
 from ..version import __version__
@@ -77,8 +77,7 @@ def export_web(
         write_json(page / 'config.json', {
             'label_names': label_names,
             'template': (FERPLUS_TEMPLATE - FERPLUS_TEMPLATE.mean(axis=0)).tolist(),
-            'detector': {'sides': YUNET_SIDES, 'min_score': YuNetDetector().min_score,
-                         'upright_score': UPRIGHT_SCORE, 'turned_score': TURNED_SCORE},
+            'detector': {'sides': YUNET_SIDES, 'min_score': YuNetDetector().min_score},
             'runtime': {'module': module, 'wasm': wasm, 'wasm_integrity': integrity[1]},
         })
         template = jinja2.Environment(autoescape=True).from_string((PAGE / 'index.html').read_text(encoding='utf-8'))
@@ -114,6 +113,7 @@ def _preparation(config: dict[str, Any]) -> str:
             f"the page makes square inputs of 1 or 3 channels, resized by {' or '.join(FILTERS)}, and the model takes "
             f"{config['input_size']}, {config['interpolation']}, crop_pct {config['crop_pct']:g}.")
     start = round((scale - size) / 2)
+    luma = 'int32[3] luma = {19595, 38470, 7471}, int32 half = {32768}, int32 whole = {65536},' if chans == 1 else ''
     grey = '''
         wide = Cast <to = 6> (rgb)
         weighted = Mul (wide, luma)
@@ -123,7 +123,7 @@ def _preparation(config: dict[str, Any]) -> str:
         colors = Cast <to = 2> (shifted)''' if chans == 1 else 'colors = Identity (rgb)'
     return f'''prepare (uint8[side, side, 4] pixels) => (uint8[1, {size}, {size}, {chans}] prepared)
         <int64[1] zero = {{0}}, int64[1] two = {{2}}, int64[1] three = {{3}},
-         int32[3] luma = {{19595, 38470, 7471}}, int32 half = {{32768}}, int32 whole = {{65536}},
+         {luma}
          int64[4] scale = {{1, {chans}, {scale}, {scale}}}, int64[2] axes = {{2, 3}},
          int64[2] start = {{{start}, {start}}}, int64[2] end = {{{start + size}, {start + size}}}> {{
         rgb = Slice (pixels, zero, three, two)

@@ -7,7 +7,6 @@ const QUIET = 2000; // milliseconds between two things that a screen reader is t
 
 const element = (id) => document.getElementById(id);
 const [status, view, video, camera] = ['status', 'view', 'video', 'camera'].map(element);
-const percent = (value) => `${Math.round(100 * value)} %`;
 const nextFrame = () => new Promise((resolve) => { requestAnimationFrame(() => setTimeout(resolve)); });
 
 let latest = 0; // number of the last thing that was asked for: whatever is older stops
@@ -47,12 +46,13 @@ const showPhotograph = (file) => run(async (recognizer, wanted) => {
   say(`${file.name}: ${summary(result.faces)}`);
 });
 
-const openCamera = async () => {
-  if (!navigator.mediaDevices) throw new Error('A camera needs a page from https or localhost.');
-  return navigator.mediaDevices.getUserMedia({ video: { facingMode: 'user', width: { ideal: 640 } } }).catch((error) => {
+async function openCamera() {
+  if (!navigator.mediaDevices) throw new Error('A camera needs a page from https or localhost: choose a photograph.');
+  const wish = { video: { facingMode: 'user', width: { ideal: 640 } } };
+  return navigator.mediaDevices.getUserMedia(wish).catch((error) => {
     throw new Error(`The camera cannot be used (${error.message}): allow it in the browser, or choose a photograph.`);
   });
-};
+}
 
 const film = () => run(async (recognizer, wanted) => {
   say('Waiting for the camera …');
@@ -64,7 +64,7 @@ const film = () => run(async (recognizer, wanted) => {
     let [said, when] = ['', -QUIET];
     while (wanted() && stream.active) {
       const picture = copyPicture(video, video.videoWidth, video.videoHeight);
-      const result = await recognizer.recognize(picture, false);
+      const result = await recognizer.recognize(picture);
       if (!wanted()) break;
       show(picture, result, recognizer.config.label_names);
       const text = `Camera: ${summary(result.faces)}`;
@@ -81,68 +81,48 @@ const film = () => run(async (recognizer, wanted) => {
 });
 
 function summary(faces) {
-  if (!faces.length) return 'no face found. Faces should be upright and at least ten pixels wide.';
+  if (!faces.length) return 'no face found. Upright faces of ten pixels and more are.';
   return `${faces.length} ${faces.length === 1 ? 'face' : 'faces'}: ${faces.map(({ label }) => label).join(', ')}.`;
 }
 
-/** A new element with a class, in a parent. */
-function add(parent, tag, className = '') {
-  const child = Object.assign(document.createElement(tag), { className });
-  parent.append(child);
-  return child;
-}
-
-/** Make a list of elements as long as it has to be. Those that stay are kept, so that a screen reader keeps its place. */
-function resize(parent, selector, count, make) {
-  const items = [...parent.querySelectorAll(selector)];
-  items.slice(count).forEach((item) => item.remove());
-  while (items.length < count) items.push(make());
-  return items.slice(0, count);
+/** Exactly `count` children of a class, new ones from the template of that name; readers keep their place in others. */
+function fit(parent, name, count) {
+  const items = [...parent.getElementsByClassName(name)];
+  items.splice(count).forEach((item) => item.remove());
+  while (items.length < count) {
+    parent.append(element(name).content.cloneNode(true));
+    items.push(parent.lastElementChild);
+  }
+  return items;
 }
 
 function show(picture, { faces, detectTime, nameTime }, labelNames) {
   const copy = copyPicture(picture, picture.width, picture.height, VIEW_SIDE);
-  Object.assign(view, { width: copy.width, height: copy.height });
-  view.getContext('2d').drawImage(copy, 0, 0);
+  Object.assign(view, { width: copy.width, height: copy.height }).getContext('2d').drawImage(copy, 0, 0);
   view.setAttribute('aria-label', `The picture: ${summary(faces)}`);
   element('result').hidden = false;
-  element('time').textContent = `${Math.round(detectTime + nameTime)} ms a frame: ${Math.round(detectTime)} ms for `
-    + `finding faces, ${Math.round(nameTime)} ms for naming expressions`;
-  const boxes = resize(element('picture'), '.box', faces.length, () => {
-    const box = add(element('picture'), 'div', 'box');
-    box.setAttribute('aria-hidden', 'true'); // the list says the same
-    add(box, 'span');
-    return box;
-  });
-  const cards = resize(element('faces'), 'li', faces.length, () => {
-    const card = add(element('faces'), 'li');
-    add(card, 'h2');
-    const table = add(card, 'table');
-    for (const name of labelNames) {
-      const row = add(table, 'tr');
-      Object.assign(add(row, 'th'), { scope: 'row', textContent: name });
-      add(add(add(row, 'td'), 'div', 'bar'), 'div');
-      add(row, 'td');
-    }
-    return card;
-  });
+  const [all, finding, naming] = [detectTime + nameTime, detectTime, nameTime].map((time) => `${Math.round(time)} ms`);
+  element('time').textContent = `${all} for this picture: ${finding} to find faces, ${naming} to name expressions`;
+  const boxes = fit(element('picture'), 'box', faces.length);
+  const cards = fit(element('faces'), 'face', faces.length);
   faces.forEach(({ box: [x, y, width, height], label, probabilities }, i) => {
-    const color = COLORS[i % COLORS.length];
-    [boxes[i], cards[i]].forEach((item) => item.style.setProperty('--color', color));
-    Object.entries({ left: x / picture.width, top: y / picture.height, width: width / picture.width,
-      height: height / picture.height }).forEach(([side, share]) => { boxes[i].style[side] = percentage(share); });
+    const color = `--color: ${COLORS[i % COLORS.length]}`;
+    const share = (pixels, whole) => `${(100 * pixels) / whole}%`;
+    boxes[i].style.cssText = `${color}; left: ${share(x, picture.width)}; top: ${share(y, picture.height)}; `
+      + `width: ${share(width, picture.width)}; height: ${share(height, picture.height)}`;
     boxes[i].classList.toggle('right', x + width / 2 > picture.width / 2);
     boxes[i].classList.toggle('top', y < 0.1 * picture.height);
     boxes[i].firstChild.textContent = (width / picture.width) * view.clientWidth > 60 ? `${i + 1} ${label}` : i + 1;
+    cards[i].style.cssText = color;
     cards[i].querySelector('h2').textContent = `${i + 1} ${label}`;
-    cards[i].querySelectorAll('tr').forEach((row, k) => {
-      row.querySelector('.bar div').style.width = percentage(probabilities[k]);
-      row.lastChild.textContent = percent(probabilities[k]);
+    fit(cards[i].querySelector('tbody'), 'row', labelNames.length).forEach((row, k) => {
+      const [name, bar, value] = row.children;
+      name.textContent = labelNames[k];
+      bar.style.setProperty('--share', share(probabilities[k], 1));
+      value.textContent = `${Math.round(100 * probabilities[k])} %`;
     });
   });
 }
-
-const percentage = (share) => `${100 * share}%`;
 
 element('file').addEventListener('change', ({ target }) => {
   if (target.files.length) showPhotograph(target.files[0]);

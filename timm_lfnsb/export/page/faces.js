@@ -52,9 +52,9 @@ export class Recognizer {
   }
 
   /** `detect`'s faces with their `probabilities` and `label`, and the milliseconds that both steps took. */
-  async recognize(canvas, turn = true) {
+  async recognize(canvas) {
     const start = performance.now();
-    const faces = await this.detect(canvas, turn);
+    const faces = await this.detect(canvas);
     const middle = performance.now();
     for (const face of faces) {
       face.probabilities = await this.classify(cropUpright(canvas, face, this.config.template));
@@ -69,52 +69,28 @@ export class Recognizer {
     return [...probabilities.data];
   }
 
-  /**
-   * The faces of a canvas, largest first: `box` [x, y, width, height] and five `points` [x, y] in pixels, `score`.
-   * With `turn` a picture without a face that is surely upright is searched turned by 90, 180 and 270 degrees, too.
-   */
-  async detect(canvas, turn = true) {
-    const { sides, upright_score: uprightScore, turned_score: turnedScore } = this.config.detector;
-    const best = (faces) => faces[0]?.score ?? 0;
-    const small = copyPicture(canvas, canvas.width, canvas.height, Math.max(...sides));
-    let [faces, quarters] = [await this.#search(small, 0), 0];
-    for (const other of turn && best(faces) < uprightScore ? [1, 2, 3] : []) {
-      const turned = await this.#search(small, other);
-      const least = Math.max(turnedScore, best(faces) + (quarters ? 0 : 0.05));
-      if (best(turned) > least) [faces, quarters] = [turned, other];
-    }
-    return faces.map(({ score, places }) => {
-      for (let i = 0; i < quarters; i += 1) places = places.map(([x, y]) => [1 - y, x]);
-      const [[x0, y0], [x1, y1], ...points] = places.map(([x, y]) => [x * canvas.width, y * canvas.height]);
-      return { score, points, box: [Math.min(x0, x1), Math.min(y0, y1), Math.abs(x1 - x0), Math.abs(y1 - y0)] };
-    }).filter(({ box: [x, y, width, height] }) => (
-      x < canvas.width && y < canvas.height && x + width > 0 && y + height > 0
-    )).sort((a, b) => b.box[2] * b.box[3] - a.box[2] * a.box[3]);
-  }
-
-  /** Faces of a canvas turned counterclockwise, the surest first; `places`, see `decode`, as fractions of its sides. */
-  async #search(source, quarters) {
-    const longest = Math.max(source.width, source.height);
-    const least = Math.min(...this.config.detector.sides);
+  /** The upright faces of a canvas, largest first: `box` [x, y, width, height], five `points` [x, y], `score`. */
+  async detect(canvas) {
+    const [least, most] = this.config.detector.sides; // faces that fill a large input are not seen, nor tiny ones
+    const small = copyPicture(canvas, canvas.width, canvas.height, most);
+    const longest = Math.max(small.width, small.height);
     const found = [];
     for (const side of new Set([least, Math.max(least, longest)])) {
-      const [width, height] = [source.width, source.height].map((n) => Math.max(1, Math.round((n * side) / longest)));
-      const turned = quarters % 2 ? [height, width] : [width, height];
-      const context = newContext(...turned.map((n) => 32 * Math.ceil(n / 32)));
-      context.translate(turned[0] / 2, turned[1] / 2);
-      context.rotate((-quarters * Math.PI) / 2);
-      context.drawImage(source, -width / 2, -height / 2, width, height);
+      const [width, height] = [small.width, small.height].map((n) => Math.max(1, Math.round((n * side) / longest)));
+      const context = newContext(32 * Math.ceil(width / 32), 32 * Math.ceil(height / 32));
+      context.drawImage(small, 0, 0, width, height);
       const input = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
       const outputs = await this.detector.run({ pixels: this.#tensor(input) });
-      for (const { score, places } of decode(outputs, input.width, this.config.detector.min_score)) {
-        found.push({ score, places: places.map(([x, y]) => [x / turned[0], y / turned[1]]) });
-      }
+      found.push(...decode(
+        outputs, input.width, this.config.detector.min_score, canvas.width / width, canvas.height / height));
     }
     const kept = [];
     for (const face of found.sort((a, b) => b.score - a.score)) {
-      if (!kept.some((other) => sameFace(face.places, other.places))) kept.push(face);
+      const [x, y, width, height] = face.box;
+      const inside = x < canvas.width && y < canvas.height && x + width > 0 && y + height > 0;
+      if (inside && !kept.some((other) => sameFace(face.box, other.box))) kept.push(face);
     }
-    return kept;
+    return kept.sort((a, b) => b.box[2] * b.box[3] - a.box[2] * a.box[3]);
   }
 
   #tensor({ data, width, height }) {
@@ -122,30 +98,28 @@ export class Recognizer {
   }
 }
 
-/** YuNet's outputs as faces with `score` and `places`: left top and right bottom corner, five points, in pixels. */
-function decode(outputs, inputWidth, minScore) {
-  const faces = [];
-  for (const stride of [8, 16, 32]) {
+/** YuNet's outputs for an input of a width as faces, their pixels times a scale in x and one in y. */
+function decode(outputs, inputWidth, minScore, scaleX, scaleY) {
+  return [8, 16, 32].flatMap((stride) => {
     const [cls, obj, bbox, kps] = ['cls', 'obj', 'bbox', 'kps'].map((name) => outputs[`${name}_${stride}`].data);
     const columns = inputWidth / stride;
-    cls.forEach((value, i) => {
-      const score = Math.sqrt(value * obj[i]);
-      if (!(score >= minScore)) return;
-      const at = (x, y) => [((i % columns) + x) * stride, (Math.floor(i / columns) + y) * stride];
-      const [x, y, logWidth, logHeight] = bbox.slice(4 * i, 4 * i + 4);
-      const [dx, dy] = [Math.exp(logWidth) / 2, Math.exp(logHeight) / 2];
+    const score = (i) => Math.sqrt(cls[i] * obj[i]);
+    return [...cls.keys()].filter((i) => score(i) >= minScore).map((i) => {
+      const at = (x, y) => [((i % columns) + x) * stride * scaleX, (Math.floor(i / columns) + y) * stride * scaleY];
+      const [x, y] = at(bbox[4 * i], bbox[4 * i + 1]);
+      const width = scaleX * stride * Math.exp(bbox[4 * i + 2]);
+      const height = scaleY * stride * Math.exp(bbox[4 * i + 3]);
       const points = [0, 2, 4, 6, 8].map((k) => at(kps[10 * i + k], kps[10 * i + k + 1]));
-      faces.push({ score, places: [at(x - dx, y - dy), at(x + dx, y + dy), ...points] });
+      return { score: score(i), box: [x - width / 2, y - height / 2, width, height], points };
     });
-  }
-  return faces;
+  });
 }
 
 /** Whether two boxes overlap by 0.3 of their union, or one lies in the other by 0.6 of the smaller. */
-function sameFace([[left1, top1], [right1, bottom1]], [[left2, top2], [right2, bottom2]]) {
-  const common = Math.max(0, Math.min(right1, right2) - Math.max(left1, left2))
-    * Math.max(0, Math.min(bottom1, bottom2) - Math.max(top1, top2));
-  const [area1, area2] = [(right1 - left1) * (bottom1 - top1), (right2 - left2) * (bottom2 - top2)];
+function sameFace([x1, y1, width1, height1], [x2, y2, width2, height2]) {
+  const common = Math.max(0, Math.min(x1 + width1, x2 + width2) - Math.max(x1, x2))
+    * Math.max(0, Math.min(y1 + height1, y2 + height2) - Math.max(y1, y2));
+  const [area1, area2] = [width1 * height1, width2 * height2];
   return common > 0.3 * (area1 + area2 - common) || common > 0.6 * Math.min(area1, area2);
 }
 
