@@ -72,18 +72,17 @@ def export_web(
         shutil.copy(YUNET.with_suffix('.LICENSE.txt'), page / 'detector.LICENSE.txt')
         for file in own:
             shutil.copy(file, page)
-        module, wasm = ('./' + name if own else CDN + name for name in RUNTIME)
-        integrity = [_integrity(file) for file in own] or list(RUNTIME.values())
+        runtime = [('./' + file.name, _integrity(file)) for file in own] or [
+            (CDN + name, integrity) for name, integrity in RUNTIME.items()]
         write_json(page / 'config.json', {
             'label_names': label_names,
             'template': (FERPLUS_TEMPLATE - FERPLUS_TEMPLATE.mean(axis=0)).tolist(),
             'detector': {'sides': YUNET_SIDES, 'min_score': YuNetDetector().min_score},
-            'runtime': {'module': module, 'wasm': wasm, 'wasm_integrity': integrity[1]},
+            'runtime': [{'url': url, 'integrity': integrity} for url, integrity in runtime],
         })
         template = jinja2.Environment(autoescape=True).from_string((PAGE / 'index.html').read_text(encoding='utf-8'))
         (page / 'index.html').write_text(template.render(
-            metadata, cdn='' if own else CDN, module=module, integrity=integrity[0], version=__version__,
-        ), encoding='utf-8')
+            metadata, cdn='' if own else CDN, version=__version__), encoding='utf-8')
         os.replace(page, out)
     return replace(report, path=out / 'classifier.onnx')
 

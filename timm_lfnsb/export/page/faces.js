@@ -41,9 +41,11 @@ export class Recognizer {
   static async load() {
     const recognizer = new Recognizer();
     recognizer.config = await (await fetchFile('config.json')).json();
-    const { module, wasm, wasm_integrity: integrity } = recognizer.config.runtime;
-    const ort = await import(new URL(module, document.baseURI)); // index.html has its integrity
-    ort.env.wasm.wasmBinary = await (await fetchFile(wasm, integrity)).arrayBuffer();
+    const [script, wasm] = await Promise.all(recognizer.config.runtime.map(
+      async ({ url, integrity }) => (await fetchFile(url, integrity)).arrayBuffer()));
+    // Not imported by its own address, for which most browsers do not check the integrity.
+    const ort = await import(URL.createObjectURL(new Blob([script], { type: 'text/javascript' })));
+    ort.env.wasm.wasmBinary = wasm;
     ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
     recognizer.Tensor = ort.Tensor;
     recognizer.detector = await ort.InferenceSession.create('detector.onnx');
