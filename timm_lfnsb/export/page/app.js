@@ -1,7 +1,7 @@
 // The page: choose, drop or film; show boxes, names and bars. What it computes is in faces.js.
 import { Recognizer, copyPicture, readPicture } from './faces.js';
 
-const COLORS = ['#0072b2', '#b84a00', '#00785a', '#a3528a', '#7a6a00', '#2a7fae', '#444444'];
+const COLORS = ['#0072b2', '#b84a00', '#00785a', '#a3528a', '#7a6a00', '#2a7fae'];
 const VIEW_SIDE = 1600; // pixels of the picture as it is shown
 const QUIET = 2000; // milliseconds between two things that a screen reader is told about the camera
 
@@ -30,7 +30,9 @@ async function run(work) {
     await work(await ready, wanted);
   } catch (error) {
     console.error(error);
-    if (wanted()) say(error.message, true);
+    if (!wanted()) return;
+    element('result').hidden = true; // it belongs to something else
+    say(error.message, true);
   }
 }
 
@@ -82,7 +84,10 @@ const film = () => run(async (recognizer, wanted) => {
 
 function summary(faces) {
   if (!faces.length) return 'no face found. Upright faces of ten pixels and more are.';
-  return `${faces.length} ${faces.length === 1 ? 'face' : 'faces'}: ${faces.map(({ label }) => label).join(', ')}.`;
+  const labels = faces.map(({ label }) => label);
+  if (labels.length === 1) return `1 face: ${labels[0]}.`;
+  const counts = [...new Set(labels)].map((name) => `${labels.filter((label) => label === name).length} ${name}`);
+  return `${labels.length} faces: ${counts.join(', ')}.`;
 }
 
 /** Exactly `count` children of a class, new ones from the template of that name; readers keep their place in others. */
