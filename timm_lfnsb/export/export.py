@@ -123,7 +123,8 @@ def _check_arguments(out: Path, batch: int | None, precision: str, calibrate: An
         if not condition:
             raise UserError(message)
 
-    need(out.suffix in SUFFIXES, f"no format has files like {out}: end the name in one of {', '.join(SUFFIXES)}.")
+    need(out.suffix in SUFFIXES, f"no format has files like {out}: end the name in one of {', '.join(SUFFIXES)}, or "
+                                 'give --format web for a folder with a page.')
     format = SUFFIXES[out.suffix]
     need(out.absolute().parent.is_dir(), f'there is no folder {out.absolute().parent}: make it first.')
     need(format != 'executorch' or (batch is not None and precision == 'fp32'),
