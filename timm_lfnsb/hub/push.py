@@ -11,9 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-import timm
 from huggingface_hub import HfApi, ModelCard
-from timm.models import save_for_hf
 
 from ..errors import UserError, did_you_mean
 from ..labels import model_label_names
@@ -21,9 +19,9 @@ from ..models.loading import load_model
 from ..util.files import file_sha256
 from ..version import __version__
 from ..weights.fetch import describe_error
-from ..weights.names import WEIGHTS_DIR, embedded_weights, hub_id
+from ..weights.names import embedded_weights, hub_id, weights_info
 from .card import render_card, render_card_for_folder
-from .ship import checked_info
+from .ship import write_embedded
 
 # What may be published: neither pickles nor code, which readers of a repository might run, nor pictures of data.
 _PUBLISHED = ('.safetensors', '.json', '.md', '.txt', '.yaml', '.yml', '.onnx', 'LICENSE', 'NOTICE')
@@ -90,13 +88,8 @@ def staged(
         if Path(source).is_dir():
             _copy_folder(Path(source), folder)
         elif source in embedded_weights():
-            info = checked_info(source)
-            save_for_hf(
-                timm.create_model(source), temporary, model_config={'label_names': info['label_names']},
-                safe_serialization=True)
-            # The very file, whose SHA-256 readers check.
-            shutil.copyfile(WEIGHTS_DIR / f'{source}.safetensors', folder / 'model.safetensors')
-            card.write_text(render_card(info, repo_id), encoding='utf-8')
+            write_embedded(source, folder)
+            card.write_text(render_card(weights_info(source), repo_id), encoding='utf-8')
         else:
             raise UserError(f'{source} is neither a folder nor the name of embedded weights'
                             f'{did_you_mean(source, embedded_weights())} '

@@ -53,13 +53,13 @@ def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
 
 
 def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Module:
-    """Move a model to a torch device; 'auto' is CUDA where there is one, else the CPU.
+    """Move a model to a torch device; 'auto' is CUDA where there is one, else Apple's MPS, else the CPU.
 
     Raises:
         UserError: When there is no such device.
     """
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     with one_sentence(f"cannot use the device '{device}'"):
         model = model.to(device)
     return model

@@ -79,20 +79,24 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
     return sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
 
 
-def load_centers(task: Any, options: argparse.Namespace) -> None:
-    """Let the centers of a `CosineHarmonyTask` go on if --initial-checkpoint is a run of ours with the same labels."""
+def load_losses(task: Any, options: argparse.Namespace) -> None:
+    """Let the losses of a `FeatureLossTask` go on if --initial-checkpoint is a run of ours with the same labels."""
     try:
         checkpoint = load_checkpoint(Path(options.initial_checkpoint or ''))
         old, new = run_label_names(checkpoint['args']), run_label_names(options)
     except UserError:  # other weights than a run's; train.py has read them already
         return
     state = checkpoint.get('task_state_ema') or checkpoint.get('task_state') or {}
-    centers = state.get('cosine_harmony', {}).get('centers')
     same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
-    if centers is not None and same and centers.shape == task.centers.shape:
-        task.load_task_state(state)
-    elif centers is not None:
-        _logger.warning('The centers of --initial-checkpoint are of other classes or features: they start anew.')
+    for name, loss in task.get_task_state().items():
+        if name not in state:
+            continue
+        shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (loss, state[name])]
+        if same and shapes[0] == shapes[1]:
+            task.load_task_state({name: state[name]})
+        else:
+            _logger.warning(f'The centers of {name} in --initial-checkpoint are of other classes or features: they '
+                            'start anew.')
 
 
 def check_output(options: argparse.Namespace) -> None:
