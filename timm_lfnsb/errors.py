@@ -7,7 +7,8 @@ from textwrap import shorten
 
 EXTRAS = {
     **dict.fromkeys(('sklearn', 'scipy', 'matplotlib'), 'eval'),
-    **dict.fromkeys(('onnx', 'onnxruntime', 'onnxscript', 'openvino'), 'export'), 'executorch': 'executorch'}
+    **dict.fromkeys(('onnx', 'onnxruntime', 'onnxscript', 'openvino'), 'export'), 'executorch': 'executorch',
+    **dict.fromkeys(('av', 'norfair'), 'video')}
 """Packages that an extra of ours brings -> its name."""
 
 
