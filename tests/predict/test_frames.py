@@ -89,7 +89,8 @@ def test_videos_of_phones_are_turned_upright(tmp_path, degrees):
     assert np.abs(frame.image.astype(int) - upright).mean() < 3
 
 
-@pytest.mark.parametrize('name, options', [('film.mp4', {'movflags': 'faststart'}), ('film.mkv', {}), ('film.avi', {})])
+@pytest.mark.parametrize('name, options', [
+    ('film.mp4', {'movflags': 'faststart'}), ('film.mkv', {}), ('film.avi', {})])
 def test_a_file_cut_short_gives_what_is_there_and_says_so(tmp_path, noisy, name, options):
     path = write_film(tmp_path / name, noisy, **options)
     content = path.read_bytes()
@@ -111,7 +112,8 @@ def test_damage_in_the_middle_does_not_end_a_file(tmp_path, noisy):
 
 
 @pytest.mark.parametrize('source, message', [
-    ('missing.mp4', 'there is no file or folder'), ('text.mp4', 'cannot be read as a video'), ('empty', 'has no images'),
+    ('missing.mp4', 'there is no file or folder'), ('text.mp4', 'cannot be read as a video'),
+    ('empty', 'has no images'),
     ('sound.wav', 'no pictures'), ('late.mp4', 'before its index was written'), (7, 'camera 7 cannot be opened'),
 ])
 def test_what_is_no_moving_picture(tmp_path, monkeypatch, noisy, source, message):

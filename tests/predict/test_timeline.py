@@ -155,5 +155,5 @@ def test_a_window_needs_a_display_and_tk(monkeypatch, how):
     elif sys.platform != 'linux':
         pytest.skip('only on Linux can the display be taken away: run this test there')
     monkeypatch.delenv('DISPLAY', raising=False)
-    with pytest.raises(UserError, match='no window can be shown here .*leave --view out'):
+    with pytest.raises(UserError, match=r'no window can be shown here .*leave --view out'):
         Window('film')

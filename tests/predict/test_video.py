@@ -26,7 +26,7 @@ from timm_lfnsb.predict.recognizer import ExpressionRecognizer, Face
 class Quick(ExpressionRecognizer):
     """Finds a face in each frame at once, but in black ones; its place is at twice the brightness."""
 
-    def __init__(self, **settings):
+    def __init__(self, model, **settings):
         self.label_names, self.model, self.batch_size, self.workers = EXPRESSIONS_8, SimpleNamespace(), 1, 0
 
     def stream(self, images):

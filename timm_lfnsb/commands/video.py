@@ -22,7 +22,7 @@ import click
 @click.option('--folder-rate', default=25., show_default=True, type=click.FloatRange(min=0, min_open=True),
               metavar='FPS', help="Frames a second that a folder's images stand for.")
 @click.option('--temperature', type=click.FloatRange(min=0, min_open=True),
-              help="Divides the logits before the softmax; by default what was fitted for this package's weights, else 1.")
+              help="Divides the logits before the softmax; by default what was fitted for our weights, else 1.")
 @click.option('--model', default='lfnsb', show_default=True, metavar='NAME',
               help='A timm name with weights, local-dir:PATH, hf-hub:ID or a file that `timm-lfnsb export` wrote.')
 @click.option('--min-score', default=0.7, show_default=True, type=click.FloatRange(0, 1, True, True),

@@ -28,7 +28,7 @@ class FilmWriter:
 
     def __init__(self, path: Path, rate: float) -> None:
         if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"a video is written into a file that ends in {', '.join(SUFFIXES)}, not in {path.suffix!r}.")
+            raise UserError(f"a video's file name ends in {', '.join(SUFFIXES)}, not in {path.suffix!r}.")
         with one_sentence('no video can be written'):
             import av
         path.touch()  # PyAV would say it at the first frame only

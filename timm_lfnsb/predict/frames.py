@@ -42,7 +42,7 @@ VideoInput: TypeAlias = str | os.PathLike[str] | int | Footage
 
 
 def open_footage(source: VideoInput, fps: float | None = None, folder_rate: float = 25.) -> Footage:
-    """Open a file, a camera by its number, or a folder of images in the order of their names; `Footage` is taken as it is.
+    """Open a file, a camera by its number, or a folder of images in the order of their names; `Footage` stays as it is.
 
     A frame that cannot be read has an `ImageError` in place of its image, and so has one more at the end of a file that
     is shorter than it says. Phones' videos are turned upright. Cameras give the newest frame, and skip those that came

@@ -186,16 +186,22 @@ class Timelines:
             sums = self._sums[track][:used]
             with np.errstate(invalid='ignore'):
                 means = sums[:, :-1] / sums[:, -1:]  # NaN where nobody is
-            axes.imshow(stacked(means, palette, 100), aspect='auto', interpolation='nearest', extent=(0, used * self._seconds, 0, 1))
+            axes.imshow(stacked(means, palette, 100), aspect='auto', interpolation='nearest',
+                        extent=(0, used * self._seconds, 0, 1))
             axes.set_ylabel(str(track), rotation=0, ha='right', va='center')
         for axes in panels:
             axes.set(yticks=[], ylim=(0, 1), xlim=(0, max(self._seconds, self._end)))
-        more = len(self._sums) - len(rows)
-        hidden = f' (the {len(rows)} seen longest of {"at least " * (len(self._sums) >= self.people)}{more + len(rows)})'
-        panels[0].set_title(title + (hidden if more else '' if rows else ': nobody was found'))
+        if not rows:
+            title += ': nobody was found'
+        elif len(rows) < len(self._sums):
+            at_least = 'at least ' if len(self._sums) >= self.people else ''
+            title += f' (the {len(rows)} seen longest of {at_least}{len(self._sums)})'
+        panels[0].set_title(title)
         panels[-1].set_xlabel('seconds')
         figure.supylabel('person')
-        figure.legend(loc='outside lower center', ncols=len(palette), frameon=False, handlelength=1, handles=[
-            Patch(color=[value / 255 for value in color], label=name)
-            for name, color in zip(self.label_names, palette, strict=True)])
+        handles = [
+            Patch(color=f'#{bytes(color).hex()}', label=name)
+            for name, color in zip(self.label_names, palette, strict=True)]
+        figure.legend(
+            handles=handles, loc='outside lower center', ncols=len(palette), frameon=False, handlelength=1)
         return figure

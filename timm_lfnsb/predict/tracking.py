@@ -5,7 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class Tracks:
         self._last: float | None = None
 
     def update(
-            self, time: float, boxes: Sequence[Sequence[float]], probabilities: Sequence[Sequence[float]],
+            self, time: float, boxes: Sequence[Sequence[float]], probabilities: Sequence[Any],
     ) -> list[tuple[int, np.ndarray]]:
         """The track and the smoothed probabilities (C) of each box (x, y, width, height) of the frame at `time`."""
         passed = 1 if self._last is None else round((time - self._last) * self._rate)
@@ -121,13 +121,13 @@ def follow(
     def images() -> Iterator[np.ndarray]:
         for frame in frames:
             waiting.append(frame)
-            if isinstance(frame.image, np.ndarray):
+            if not isinstance(frame.image, ImageError):
                 yield frame.image
 
     def broken() -> Iterator[VideoFrame]:
-        while waiting and isinstance(waiting[0].image, ImageError):
+        while waiting and isinstance(error := waiting[0].image, ImageError):
             frame = waiting.popleft()
-            yield VideoFrame(frame.index, frame.time, None, [], frame.image)
+            yield VideoFrame(frame.index, frame.time, None, [], error)
 
     for faces in recognize(images()):
         yield from broken()
@@ -143,7 +143,7 @@ def follow(
             label = max(smoothed, key=smoothed.__getitem__)
             people.append(Person(track, face.box, label, smoothed[label], smoothed,
                                  dict(zip(face.probabilities, row.tolist(), strict=True))))
-        yield VideoFrame(frame.index, frame.time, frame.image, people)
+        yield VideoFrame(frame.index, frame.time, cast(np.ndarray, frame.image), people)
     yield from broken()
 
 

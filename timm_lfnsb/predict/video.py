@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import torch
 from tqdm import tqdm
 
 from ..errors import UserError, one_sentence
 from ..util.files import replacing
+from .exported import ExportedModel, is_exported
 from .film import FilmWriter, Window
 from .frames import open_footage
 from .recognizer import ExpressionRecognizer
@@ -28,10 +30,10 @@ PROBLEMS = 5  # printed; the rest is counted
 
 
 def video_lines(
-        source: str, as_json: bool = False, annotate: Path | None = None, summary: Path | None = None,
-        view: bool = False, fps: float | None = None, folder_rate: float = 25., smooth: float = 0.5,
-        patience: float = 1., temperature: float | None = None, **settings: Any,
-) -> Iterator[tuple[str, Kind]]:
+        source: str, model: str | ExportedModel = 'lfnsb', as_json: bool = False, annotate: Path | None = None,
+        summary: Path | None = None, view: bool = False, fps: float | None = None, folder_rate: float = 25.,
+        smooth: float = 0.5, patience: float = 1., temperature: float | None = None, **settings: Any,
+) -> Generator[tuple[str, Kind], None, None]:
     """Yield CSV, a row a person and frame, or JSON, a line a frame, and hints and problems, each with what it is.
 
     The first Ctrl-C, a closed window, and a caller who takes no more lines end the reading: what is finished by then
@@ -42,7 +44,7 @@ def video_lines(
         annotate: A video file to write, as `FrameDrawer` draws it, without sound.
         summary: A picture to write, as `Timelines` draws it.
         view: Show in a window what `annotate` writes.
-        settings: `ExpressionRecognizer`'s; the others are of its method `video`.
+        model, settings: `ExpressionRecognizer`'s; the others are of its method `video`.
 
     Raises:
         UserError: When nothing can be predicted or shown at all.
@@ -56,13 +58,17 @@ def video_lines(
             from matplotlib.figure import Figure
         if summary.suffix[1:] not in Figure().canvas.get_supported_filetypes():
             raise UserError(f'--summary {summary}: give a file name that ends in .png, .svg or .pdf.')
-    cv2.setNumThreads(1)  # frames are searched beside each other, and OpenCV's own threads would wait busily
+    # Frames are searched beside each other and beside the network: more threads in each would wait for cores, busily.
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
     with ExitStack() as stack:
         window = Window(source) if view else None
         if window:
             stack.callback(window.close)
         try:
-            recognizer = ExpressionRecognizer(**settings)
+            if isinstance(model, str) and is_exported(model):
+                model = ExportedModel(model, threads=1)
+            recognizer = ExpressionRecognizer(model, **settings)
             camera = source.isdecimal() and not Path(source).exists()
             footage = open_footage(int(source) if camera else source, fps, folder_rate)
             interrupted = stack.enter_context(first_interrupt())
