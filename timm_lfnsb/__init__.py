@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from .losses.cosine_harmony import CosineHarmonyLoss
 from .models import networks as networks
-from .train.task import CosineHarmonyTask
+from .train.task import CosineHarmonyTask, FeatureLossTask
 from .version import __version__
 
 if TYPE_CHECKING:
     from .predict.faces import align_face
     from .predict.recognizer import ExpressionRecognizer
 
-__all__ = ['CosineHarmonyLoss', 'CosineHarmonyTask', 'ExpressionRecognizer', '__version__', 'align_face']
+__all__ = ['CosineHarmonyLoss', 'CosineHarmonyTask', 'ExpressionRecognizer', 'FeatureLossTask', '__version__',
+           'align_face']
 
 _LAZY = {'ExpressionRecognizer': 'predict.recognizer', 'align_face': 'predict.faces'}  # these import OpenCV
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import errno
 import pkgutil
+import sys
 from importlib import import_module
 from typing import Any
 
 import click
 
 from . import commands
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .version import __version__
 
 
@@ -23,6 +24,12 @@ class CommandFolder(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         return getattr(import_module(f'{commands.__name__}.{cmd_name}'), cmd_name)
+
+    def resolve_command(
+            self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in (names := self.list_commands(ctx)) and not args[0].startswith('-'):
+            ctx.fail(f'No such command {args[0]!r}{did_you_mean(args[0], names)}.')
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -39,3 +46,6 @@ class CommandFolder(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Lightweight facial expression recognition with timm."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a name that the terminal's encoding lacks must not end the rest
+            stream.reconfigure(errors='backslashreplace')

@@ -6,10 +6,12 @@ expression models: whatever crosses a border of this package crosses it by name.
 """
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 EXPRESSIONS_8: tuple[str, ...] = (
     'neutral', 'happiness', 'sadness', 'surprise', 'fear', 'disgust', 'anger', 'contempt',
@@ -59,13 +61,37 @@ def match_labels(names: Iterable[str], label_names: Sequence[str]) -> dict[str, 
     names = list(names)
     unknown = [name for name in names if canonical_name(name) not in index]
     if unknown:
+        named = [f'{name!r}{did_you_mean(canonical_name(name), index)}' for name in unknown]
         raise LabelError(
-            f"unknown class name(s) {', '.join(map(repr, unknown))}: the data has [{', '.join(names)}], "
+            f"unknown class name(s) {', '.join(named)}: the data has [{', '.join(names)}], "
             f"the model knows [{', '.join(label_names)}]; rename the folders or give the matching model.")
     matched = {name: index[canonical_name(name)] for name in names}
     if len(set(matched.values())) != len(matched):
         raise LabelError(f"two of the class names [{', '.join(names)}] mean the same expression; merge their folders.")
     return matched
+
+
+def read_class_map(path: Path) -> list[str]:
+    """Label names of a class map, one a line, in their order.
+
+    As people write it: a byte order mark, Windows' line ends, spaces around a name and empty lines do not count.
+
+    Raises:
+        LabelError: When it is not text, has no names, or two that mean the same expression.
+        OSError: When there is no such file.
+    """
+    data = path.read_bytes()
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        lines = data.decode('utf-16' if utf16 else 'utf-8-sig').splitlines()
+    except UnicodeDecodeError:
+        raise LabelError(f'the class map {path} is not text in UTF-8: save it so, one label name a line.') from None
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise LabelError(f'the class map {path} has no names: write one label name a line.')
+    if double := {name for name in names if [*map(canonical_name, names)].count(canonical_name(name)) > 1}:
+        raise LabelError(f"the class map {path} names one class twice ({', '.join(sorted(double))}): leave one out.")
+    return names
 
 
 def model_label_names(model: Any) -> tuple[str, ...]:

@@ -55,19 +55,6 @@ def test_summary_recomputed():
     assert figures['b']['ratio']['median'] == 1 and 'ratio' not in measure.summarise({'a': slow}, 4, 'b')['a']
 
 
-def test_rounds_are_taken_in_turns(monkeypatch):
-    calls: list[str] = []
-
-    def timeit(run, number):
-        run()
-        return 0.05 * number
-
-    monkeypatch.setattr(measure, 'timeit', timeit)
-    times = measure.interleave([lambda name=name: calls.append(name) for name in 'ABC'], seconds=0.4, rounds=4)
-    assert times.tolist() == [[0.05] * 4] * 3
-    assert ''.join(calls).endswith('C' + 'AAABBBCCC' * 4)  # in each turn one untimed call and two timed ones
-
-
 def test_networks_have_their_sizes_weights_and_scale(tmp_path):
     own = Network('lfnsb', tmp_path)
     assert own.create == {'model_name': 'lfnsb', 'pretrained': True} and 0.7 < own.info['accuracy'] < 1

@@ -9,6 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from support.train_script import STANDIN, patched
 
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
@@ -84,4 +85,50 @@ def test_wrong_calls(call, face_folder, tmp_path):
 
 
 def test_wrong_calls_know_every_command():
-    assert {call.split()[0] for call in WRONG_CALLS} == {path[0] for path in COMMANDS}
+    assert {call.split()[0] for call in WRONG_CALLS} == {path[0] for path in COMMANDS} - {'doctor'}  # asks for nothing
+
+
+NEARLY_RIGHT = {
+    'bench lfnbs --peer none': 'lfnsb', 'card lfnsb-ferplus': 'lfnsb.ferplus', 'count mobilefacnet': 'mobilefacenet',
+    'convert {image} {new} --model ddamfm --labels rafdb': 'ddamfn',
+    'evaluate --model lfn_small.ferpus --data-dir {faces} --out {new}': 'ferplus',
+    'evaluate --model Resnet_18 --data-dir {faces} --out {new}': 'resnet18',
+    'export lfnsb.rafbd {new}.onnx': 'rafdb', 'graft lfn-small {new}.safetensors': 'lfn_small',
+    'predict {image} --model LFNSB': 'lfnsb', 'push lfnsb.ferpus --repo-id me/mine': 'lfnsb.ferplus',
+    'recipe show affectnet9': 'affectnet8', 'recipe path ferplus_cpu': 'ferplus-cpu',
+    'run {standin} --config ferplus-cpu-122': 'ferplus-cpu-112', 'run {standin} --model mobilfacenet': 'mobilefacenet',
+    'run {standin} --kd-model-name lfnsb,lfn_smal': 'lfn_small',
+    'run {standin} --data-dir {faces} --class-map affectnet_7': 'affectnet7',
+    'weights verify lfn_small.ferpls --data-dir {faces}': 'lfn_small.ferplus',
+    'weights robustness lfnsb --data-dir {faces} --only turned': None,
+}
+
+
+@pytest.mark.parametrize('call', NEARLY_RIGHT)
+def test_wrong_names_say_which_are_near(call, face_folder, tmp_path):
+    image = tmp_path / 'image.png'
+    Image.new('L', (48, 48)).save(image)
+    places = dict(image=image, new=tmp_path / 'new', faces=face_folder, standin=STANDIN)
+    with patched():
+        message = assert_one_sentence(CliRunner().invoke(main, shlex.split(call.format(**places))))
+    near = NEARLY_RIGHT[call]
+    assert f'(did you mean {near}' in message if near else 'did you mean' not in message, message
+
+
+def test_a_folder_in_place_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'packed').mkdir()
+    message = assert_one_sentence(CliRunner().invoke(main, ['count', 'packed']))
+    assert 'local-dir:packed' in message
+
+
+def test_names_that_the_terminal_cannot_show(face_folder, tmp_path):
+    target = tmp_path / '顔'
+    result = CliRunner(charset='cp1252').invoke(main, ['prepare', 'folder', str(face_folder), str(target)])
+    assert result.exit_code == 0 and target.is_dir() and '\\u9854' in result.output, result.exception
+
+
+def test_a_command_that_is_nearly_right():
+    result = CliRunner().invoke(main, ['predcit', '--sample'])
+    assert result.exit_code == 2 and '(did you mean predict?)' in result.output
+    assert 'did you mean' not in CliRunner().invoke(main, ['xyz']).output

@@ -23,7 +23,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.evaluate.figures import confusion_figure, reliability_figure
-from timm_lfnsb.evaluate.metrics import compare_predictions, compute_metrics
+from timm_lfnsb.evaluate.metrics import compare_predictions, compute_metrics, holm
 from timm_lfnsb.evaluate.predictions import Predictions, predict_folder
 from timm_lfnsb.evaluate.report import evaluate_folder
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
@@ -160,6 +160,10 @@ def test_intervals_agree_with_closed_forms():
     groups = [predictions.correct[predictions.labels == i] for i in range(8)]
     means = [np.mean([rng.choice(group, len(group)).mean() for group in groups]) for _ in range(2000)]
     assert metrics['balanced_accuracy_interval'] == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.01)
+    places = [np.flatnonzero(predictions.labels == i) for i in range(8)]
+    drawn = (np.concatenate([rng.choice(place, len(place)) for place in places]) for _ in range(500))
+    scores = [f1_score(predictions.labels[i], predictions.predicted[i], average='macro') for i in drawn]
+    assert metrics['macro_f1_interval'] == pytest.approx(np.percentile(scores, (2.5, 97.5)), abs=0.015)
 
 
 def test_a_class_that_is_never_predicted_has_precision_zero():
@@ -190,11 +194,11 @@ def test_comparison_agrees_with_a_binomial_sum_and_a_bootstrap_over_images():
 
 def test_command_writes_the_whole_report(tree, predictions, tmp_path):
     (tmp_path / 'metrics.json').write_text('old')
-    result = run('--model', NAME, '--data-dir', tree, '--out', tmp_path, '--compare', NAME)
+    result = run('--model', NAME, '--data-dir', tree, '--out', tmp_path)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        'compare.json', 'confusion.png', 'metrics.json', 'predictions.csv', 'reliability.png']
-    metrics, comparison = (json.loads((tmp_path / name).read_text()) for name in ('metrics.json', 'compare.json'))
+        'confusion.png', 'metrics.json', 'predictions.csv', 'reliability.png']
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics['confusion'] == compute_metrics(predictions)['confusion']
     assert metrics['model'] == NAME and metrics['split'] == 'test' and metrics['label_names'] == list(EXPRESSIONS_8)
     assert metrics['image_size'] == [112, 112] and metrics['tta'] is None and metrics['data_checksum'] == '123'
@@ -206,10 +210,61 @@ def test_command_writes_the_whole_report(tree, predictions, tmp_path):
         assert row['file'].startswith(row['label'] + '/')
         assert row['prediction'] == max(EXPRESSIONS_8, key=lambda name: float(row[name]))
         assert np.allclose([float(row[name]) for name in EXPRESSIONS_8], probabilities, atol=1e-4)
-    assert comparison['p_value'] == 1 and comparison['difference_interval'] == [0, 0]
-    assert all(f'\n{name} ' in result.stdout for name in EXPRESSIONS_8) and 'p = 1' in result.stdout
+    assert all(f'\n{name} ' in result.stdout for name in EXPRESSIONS_8)
     assert re.search(r'contempt +0 +absent', result.stdout) and 'nan' not in result.stdout.lower()
     assert f"{100 * metrics['accuracy']:.1f}" in result.stdout and '14/14' in result.stderr
+
+
+def test_several_models_in_one_table(face_folder, peers, tmp_path):
+    (tmp_path / 'groups.csv').write_text('image,number\n' + ''.join(
+        f'{file.parent.name}/{file.name},{file.stem[-1]}\n' for file in (face_folder / 'validation').glob('*/*')))
+    options = ['--data-dir', face_folder, '--split', 'validation', '--common-classes', '--groups', 'groups.csv']
+    names = ['peers:more', 'peers:right', 'peers:fewer']
+    result = run('--model', names[0], '--model', names[1], '--compare', names[2], '--seconds', 0.01, *options,
+                 '--out', tmp_path / 'out')
+    assert result.exit_code == 0, result.output
+    comparison = json.loads((tmp_path / 'out' / 'compare.json').read_text())
+    folders = [tmp_path / 'out', tmp_path / 'out' / '2-peers-right', tmp_path / 'out' / '3-peers-fewer']
+    all_metrics = [json.loads((folder / 'metrics.json').read_text()) for folder in folders]
+    assert [metrics['left_out'] for metrics in all_metrics] == [
+        {'images': {'anger': 6}, 'outputs': outputs} for outputs in (['angry', 'Contempt'], ['angry'], [])]
+    for row, metrics, name in zip(comparison['models'], all_metrics, names, strict=True):
+        assert row['model'] == name and row['count'] == 18 and row == metrics
+        assert row['macro_f1_interval'] and set(row['groups']['number']['groups']) == set('012345')
+    moody = all_metrics[0]['accuracy']
+    assert 0 < moody < 1 == all_metrics[1]['accuracy'] == all_metrics[2]['accuracy']
+    pairs = {(pair['first'], pair['second']): pair for pair in comparison['pairs']}
+    assert list(pairs) == [(names[0], names[1]), (names[0], names[2]), (names[1], names[2])]
+    wrong = round(18 * (1 - moody))
+    first, second, third = pairs.values()
+    assert (first['only_first_right'], first['only_second_right']) == (0, wrong) and third['p_holm'] == 1
+    assert first['p_value'] == pytest.approx(2 / 2 ** wrong) == pytest.approx(second['p_holm'] / 3)
+    assert [row['median'] > 0 for row in comparison['latency']['ms']] == [True] * 3
+
+    text = (tmp_path / 'out' / 'compare.md').read_text()
+    assert text.strip() in result.stdout
+    assert f"| {names[0]} " in text and f"{100 * moody:.1f} [" in text and 'Images left out: 6 of anger' in text
+    assert 'peers:more, answers left out: angry, Contempt' in text and 'largest gap' in text
+    models = [part for name in names for part in ('--model', name)]
+    again = run(*models, *options, '--seconds', 0, '--out', tmp_path / 'b')
+    assert json.loads((tmp_path / 'b' / 'compare.json').read_text()) == {
+        key: value for key, value in comparison.items() if key != 'latency'}, again.output
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--compare', 'peers:fewer'], "peers:fewer does not fit: unknown class name(s) 'anger'"),
+    (['--groups', 'peers.py'], 'peers.py must begin with a line of different column names'),
+    (['--model', 'peers:no_such'], 'cannot load the model peers:no_such'),
+])
+def test_nothing_is_run_or_written_where_something_does_not_fit(face_folder, peers, tmp_path, arguments, message):
+    result = run('--model', 'peers:failing', *arguments, '--data-dir', face_folder, '--split', 'validation',
+                 '--out', tmp_path / 'out')
+    assert result.exit_code == 1 and f'Error: {message}' in result.output and not (tmp_path / 'out').exists()
+
+
+def test_holms_correction():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == pytest.approx([1, 1]) and holm([0.2]) == [0.2]
 
 
 def test_every_image_format_counts_and_unknown_folders_are_refused(model, tmp_path):

@@ -18,13 +18,15 @@ import torch
 import yaml
 from click.testing import CliRunner
 from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 from support import TESTS
 
 from timm_lfnsb.cli import main
 from timm_lfnsb.data.subsets import list_images
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.evaluate import report
-from timm_lfnsb.evaluate.predictions import predict_folder
+from timm_lfnsb.evaluate.features import class_distances
+from timm_lfnsb.evaluate.predictions import Predictions, predict_folder
 from timm_lfnsb.experiments import plan as plans
 from timm_lfnsb.experiments.plan import EXPERIMENTS, Plan, dry_run
 from timm_lfnsb.experiments.run import reproduce
@@ -33,7 +35,7 @@ from timm_lfnsb.train.history import read_curve
 
 LABELS = ('neutral', 'happiness', 'sadness', 'anger')
 EPOCHS, BEST = 3, 1
-NAME = 'lfnsb-reference-alpha0.1-seed7'  # the run of figure 6
+NAME = 'lfnsb-cosine-harmony-1-alpha-0.1-variant-reference-seed7'  # the run of figure 6
 
 
 @pytest.fixture(scope='session')
@@ -47,7 +49,10 @@ def fake_folder(tmp_path_factory, face_folder) -> Path:
     for epoch in range(EPOCHS):
         torch.manual_seed(epoch)
         model = timm.create_model('mobilefacenet', num_classes=4, img_size=32)
-        torch.nn.init.normal_(model.get_classifier().weight)
+        head = model.get_classifier()
+        torch.nn.init.normal_(head.weight)
+        with torch.no_grad():  # logits that are 0 in the mean over grey levels: not one class for all images
+            head.bias -= model.eval()(torch.linspace(-2, 2, 9).view(9, 1, 1, 1).expand(9, 3, 32, 32)).mean(dim=0)
         torch.save(dict(epoch=epoch, version=2, arch='mobilefacenet', args=args, state_dict=model.state_dict()),
                    folder / f'{epoch}.pth.tar')
     return folder
@@ -107,11 +112,15 @@ def command(*arguments):
     return CliRunner().invoke(main, ['reproduce', *map(str, arguments)])
 
 
-def accuracy_of(checkpoint: Path, data: Path) -> float:
+def predictions_of(checkpoint: Path, data: Path) -> Predictions:
     model = timm.create_model('mobilefacenet', num_classes=4, img_size=32)
     model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32), label_names=LABELS)
-    return float(predict_folder(model, data, 'validation', workers=0, progress=False).correct.mean())
+    return predict_folder(model, data, 'validation', workers=0, progress=False)
+
+
+def accuracy_of(checkpoint: Path, data: Path) -> float:
+    return float(predictions_of(checkpoint, data).correct.mean())
 
 
 def test_rows_are_trained_measured_and_written(fake, fake_folder, data):
@@ -172,7 +181,7 @@ def test_an_interrupted_row_goes_on_and_a_trained_one_is_only_measured(variable,
 def test_a_failing_row_leaves_the_others_and_starts_anew(fake, monkeypatch):
     monkeypatch.setenv('FAKE_FAIL', 'lfn_small')
     results, (failure,) = fake.run('table5')
-    folder = fake.out / 'runs' / 'lfn_small-reference-alpha0.1-seed7'
+    folder = fake.out / 'runs' / NAME.replace('lfnsb', 'lfn_small')
     for word in ('lfn_small, seed 7: ', 'CUDA out of memory', 'a line of the log', str(folder / 'log.txt')):
         assert word in failure
     assert [len(row['seeds']) for row in results['rows']] == [0, 1]
@@ -255,17 +264,20 @@ def test_table9_trains_on_folds_and_measures_the_one_held_out(fake):
 def test_dry_run_prints_the_rows_of_every_experiment_and_writes_nothing(fake):
     text = dry_run(fake.plan('table3', seeds=2, subset=16))
     assert not fake.calls() and not fake.out.exists()
-    for part, count in ((': 0 of 3 epochs', 10), ('--cosine-harmony 0', 2), ('--cosine-harmony-fixed-centers', 2),
+    for part, count in ((': 0 of 3 epochs', 10), ('--feature-loss', 8), ('learn_centers=false', 2),
                         (f'{fake.out}/data/subset-16', 10), ('--epochs 3', 10)):
         assert text.count(part) == count, part
     by_name = {name: fake.plan(name, seeds=3) for name in EXPERIMENTS}
-    assert [(row.weight, row.variant, row.fixed_centers) for row in by_name['table3'].rows[1:]] == [
-        (1, 'reference', False), (1, 'paper', False), (1, 'intended', False), (1, 'intended', True)]
-    assert [row.alpha for row in by_name['table4'].rows] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert [str(row.loss) for row in by_name['table3'].rows[1:]] == [
+        f'cosine-harmony:1:alpha=0.1,variant={variant}' for variant in (
+            'reference', 'paper', 'intended', 'intended,learn_centers=false')]
+    assert [str(row.loss) for row in by_name['table4'].rows] == [
+        f'cosine-harmony:1:alpha=0.{tenths},variant=reference' for tenths in (1, 2, 3, 4, 5)]
     assert [row.fold for row in by_name['table9'].rows] == list(range(10))
     for name, plan in by_name.items():
         assert len({run.folder for run in plan.runs}) == 3 * len(plan.rows)
-        assert set(PAPER.get(name, {})) <= {row.name for row in plan.rows} | {'mean of the folds', 'best fold'}
+        assert set(PAPER.get(name, {})) <= {'mean of the folds', 'best fold'}.union(*(
+            {row.name, row.loss and row.loss.kind} for row in plan.rows))
     for run in by_name['table2'].runs:  # timm does not hand --img-size to the model; lfnsb takes any size
         assert ('--model-kwargs img_size=32' in ' '.join(run.command)) == (run.row.model != 'lfnsb'), run.row.model
 
@@ -288,9 +300,91 @@ def test_wrong_settings_are_refused_in_one_sentence(arguments, word, data, recip
     assert not (tmp_path / 'out').exists() and not (data / 'out').exists()
 
 
+LOSSES = ('center', 'cosine-harmony::variant=margin')
+
+
+def test_losses_are_compared_at_weights_chosen_before(fake, fake_folder, data, monkeypatch):
+    first, best = (accuracy_of(fake_folder / f'{epoch}.pth.tar', data) for epoch in (0, BEST))
+    assert first != best
+    # Of the three weights of the center loss the last one tried is the best, and so is the first of the other loss.
+    monkeypatch.setenv('FAKE_BEST', 'center-0.03-2epochs:0' if first > best else 'center-0.00:0')
+    plan = fake.plan('losses', seeds=2, losses=LOSSES, weights='chosen')
+    assert "or the papers'" in dry_run(plan)
+    results, failures = reproduce(plan, report=lambda line: None)
+    assert not failures and results['complete']
+    calls = fake.calls()
+    assert [(call[call.index('--feature-loss') + 1], option(call, '--epochs')) for call in calls[:6]] == [
+        (f'{name}:{weight}{settings}', '2') for name, settings, weights in (
+            ('center', '', ('0.003', '0.0003', '0.03')), ('cosine-harmony', ':variant=margin', ('1', '0.1', '10')))
+        for weight in weights]
+    assert [call[call.index('--feature-loss') + 1] if '--feature-loss' in call else '' for call in calls[6:]] == [
+        loss for loss in ('', 'center:0.03', 'cosine-harmony:1:variant=margin') for _ in range(2)]
+    assert {option(call, '--epochs') for call in calls[6:]} == {'3'}
+    assert [row['used'] for row in results['trials']['rows']] == [False, False, True, True, False, False]
+    for word in ('+ 0.03 center', 'which flatters the losses', 'paired t-tests', 'before, one seed, 2 epochs'):
+        assert word in (fake.out / 'losses.md').read_text()
+    assert fake.run('losses', seeds=2, losses=LOSSES, weights='chosen')[0] == results and not fake.calls()
+
+    fake.run('losses', seeds=2, losses=LOSSES, weights='both')  # needs the paper's weight of the one that had another
+    assert [option(call, '--feature-loss') for call in fake.calls()] == ['center:0.003'] * 2
+    monkeypatch.delenv('FAKE_BEST')
+    shutil.rmtree(fake.out)
+    results, _ = fake.run('losses', losses=LOSSES[:1], weights='paper')
+    assert [row['name'] for row in results['rows']] == ['cross entropy', '+ 0.003 center'] and 'trials' not in results
+
+
+def test_a_trial_that_fails_is_never_chosen_and_does_not_end_the_comparison(fake, monkeypatch):
+    monkeypatch.setenv('FAKE_FAIL', 'center-0.003-2epochs')
+    results, (failure,) = fake.run('losses', losses=['center'], weights='chosen')
+    assert failure.startswith('+ 0.003 center, seed 7: ') and results['complete']
+    assert results['rows'][1]['name'] == '+ 0.0003 center'
+    assert results['trials']['rows'][0]['accuracy'] is None and '| + 0.003 center' in results_markdown(results)
+
+
+def test_losses_have_tests_distances_and_pictures(fake, fake_folder, data, monkeypatch):
+    monkeypatch.setenv('FAKE_BEST', 'center:0')
+    results, _ = fake.run('losses', seeds=2, losses=['center', 'separate'], weights='paper')
+    plain, center, separate = results['rows']
+    correct = [predictions_of(fake_folder / f'{epoch}.pth.tar', data).correct.astype(float) for epoch in (BEST, 0)]
+    tests = center['against_baseline']
+    assert tests['difference'] == pytest.approx(correct[1].mean() - correct[0].mean()) and tests['p_seeds'] is None
+    assert tests['p_images'] == pytest.approx(ttest_rel(correct[1], correct[0]).pvalue)
+    assert tests['p_images_holm'] == pytest.approx(min(1, 2 * tests['p_images']))
+    assert separate['against_baseline']['p_images_holm'] == 1 and 'against_baseline' not in plain
+
+    with np.load(fake.out / 'runs' / 'lfnsb-separate-1-seed8' / 'report-validation' / 'features.npz') as arrays:
+        assert arrays['features'].shape[0] == 24 and arrays['correct'].tolist() == correct[0].tolist()
+        assert separate['seeds'][1]['distances'] == class_distances(arrays['features'], arrays['labels'])
+    for picture in ('features', 'distances'):
+        assert (fake.out / f'losses-{picture}.png').read_bytes().startswith(b'\x89PNG')
+        assert f'(losses-{picture}.png)' in (fake.out / 'losses.md').read_text()
+    assert 'RAF-DB 86.38' in results_markdown(results).splitlines()[6]
+
+    (fake.out / 'runs' / 'lfnsb-center-0.003-seed7' / 'report-validation' / 'features.npz').unlink()
+    fake.calls()
+    assert fake.run('losses', seeds=2, losses=['center', 'separate'], weights='paper')[0] == results
+    assert not fake.calls()  # measured again, not trained
+
+
+@pytest.mark.parametrize('arguments, word', [
+    (['--feature-loss', 'nonsense'], 'no loss nonsense'),
+    (['--feature-loss', 'center:-1'], 'above 0'),
+    (['--feature-loss', 'center:1:power=2'], 'no setting power'),
+])
+def test_wrong_losses_are_refused_in_one_sentence(arguments, word, data, recipe, tmp_path):
+    result = command('losses', '--data-dir', data, '--recipe', recipe, '--out', tmp_path / 'out', *arguments)
+    assert result.exit_code == 1 and len(result.output.strip().splitlines()) == 1 and word in result.output
+
+
+def test_a_recipe_with_losses_of_its_own_is_refused(fake, recipe):
+    recipe.write_text(recipe.read_text() + 'feature_loss: center\n')
+    with pytest.raises(UserError, match='take it out'):
+        fake.plan('losses')
+
+
 def test_markdown(tmp_path):
     figures = dict(accuracy=0.81234, balanced_accuracy=0.5, macro_f1=0.51, ece=0.1)
-    stored = read_results(committed_results()[0])
+    stored = read_results(next(path for path in committed_results() if path.name.startswith('table3')))
     path = tmp_path / 'table4.json'
     path.write_text(json.dumps({**stored, 'seeds': 3, 'data': {**stored['data'], 'subset': None}, 'rows': [
         dict(name='first', mean=figures, std=dict.fromkeys(figures, 0.0021), seeds=[{}] * 3, paper='RAF-DB 90.22'),

@@ -323,6 +323,6 @@ def test_torchs_exporter_with_a_dynamic_size(reparameterize, tmp_path):
     axes = {'x': {0: 'batch', 2: 'height', 3: 'width'}}
     torch.onnx.export(model, (images[:1],), file, dynamo=False, input_names=['x'], dynamic_axes=axes)
     assert close(run_onnx(file, images), expected)
-    for height, width in ((80, 64), (64, 80), (128, 128)):
+    for height, width in ((80, 64), (64, 80), (128, 128), (32, 128), (128, 32)):  # the last with as many pixels
         with pytest.raises(Exception, match='Non-zero status code'):
             run_onnx(file, torch.randn(1, 3, height, width))

@@ -164,3 +164,12 @@ def test_a_folder_of_faces(tmp_path):
     assert 'not known' not in text and 'FER+' not in text and '91.07' not in text
     assert 'holdout, 3,328 faces' in text and 'Article 5(1)(f)' in text and 'bibtex' in text
     assert list(rows_of(text, 'class')[-1].values())[:5] == ['contempt', '0', '-', '-', '-']
+    assert 'By group' not in text and 'nothing was measured about it' in text
+
+    gaps = {key: {'gap': 0.125, 'gap_interval': [-0.25, 0.5], 'high': 'old', 'low': 'young'} for key in card.FIGURES}
+    metrics['groups'] = {'age': {'groups': {'old': metrics.copy(), 'young': metrics.copy()}, 'largest_gap': gaps}}
+    (tmp_path / 'metrics.json').write_text(json.dumps(metrics))
+    text = card.render_card_for_folder(tmp_path, metrics=tmp_path / 'metrics.json')
+    old, _, largest = rows_of(text, 'by')
+    assert old['group'] == 'old' and old['accuracy'] == card._figure(metrics, 'accuracy') and old['faces'] == '3328'
+    assert largest['accuracy'] == '0.125 [-0.250, 0.500] old - young' and 'nothing was measured about it' not in text

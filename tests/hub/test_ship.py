@@ -15,8 +15,10 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 from support import ROOT
 
+from timm_lfnsb.checkpoints import rebalance
 from timm_lfnsb.cli import main
 from timm_lfnsb.evaluate import calibration
 from timm_lfnsb.evaluate.predictions import predict_folder
@@ -191,6 +193,32 @@ def test_ship_stores_a_run_with_everything_the_json_must_hold(shelf, tmp_path, m
     direct = predict_folder(stored, data, workers=0, progress=False)
     assert direct.correct.mean() == pytest.approx(info['metrics']['test']['accuracy'])
     assert f'3x{size}x{size}' in card.render_card(info)
+
+
+def test_rebalanced_weights_are_the_base_with_another_bias(shelf, tmp_path, monkeypatch):
+    data, name = tmp_path / 'data', 'lfnsb.noise_balanced'
+    make_run(tmp_path / 'run', data, 'lfnsb', img_size=112)
+    description = json.loads((data / 'dataset.json').read_text())
+    description['splits']['train']['counts']['contempt'] = 1
+    (data / 'dataset.json').write_text(json.dumps(description))
+    monkeypatch.setattr(calibration, 'fit_temperature', lambda _: 2.)
+    monkeypatch.setattr(rebalance, 'choose_strength', lambda *_: {
+        'tau': 0.5, 'accuracy': [0.8, 0.79], 'balanced_accuracy': [0.5, 0.6]})
+    result = CliRunner().invoke(
+        main, ['weights', 'rebalance', name, NAME, '--data-dir', str(data), '--no-robustness', '--note', 'By dice.'])
+    assert result.exit_code == 0 and f'`{name}`' in result.output, result.output
+    info, base = ship.checked_info(name), ship.checked_info(NAME)
+    assert info['model'] == name and info['base'] == NAME and info['notes'] == [*base['notes'], 'By dice.']
+    assert info['runs'] == base['runs'] and info['metrics']['test']['count'] == 24 and info['sha256'] != base['sha256']
+    before, after = (load_file(shelf / f'{weights}.safetensors') for weights in (NAME, name))
+    shares = torch.tensor([3.] * 7 + [1.]) / 22
+    torch.testing.assert_close(after['fc.bias'], before['fc.bias'] - 0.5 * shares.log())
+    assert [key for key in before if not torch.equal(before[key], after[key])] == ['fc.bias']
+    assert {key: (value.dtype, value.shape) for key, value in before.items()} == {
+        key: (value.dtype, value.shape) for key, value in after.items()}
+    text = card.render_card(info)
+    assert 'Here 0.5 times the logarithm' in text and 'rises from 0.500 to 0.600' in text
+    assert 'labels against full' not in text
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
+from timm_lfnsb.checkpoints.pack import write_folder
 from timm_lfnsb.hub.push import staged
 
 transformers = pytest.importorskip('transformers', reason="pip install 'timm-lfnsb[test]' brings transformers")
@@ -32,6 +33,22 @@ def test_published_weights_are_those_of_timm():
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images).logits, own(images), rtol=0, atol=0)
         torch.testing.assert_close(backbone(images).pooler_output, embedding(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name, labels, kwargs', [
+    ('mobilefacenet', ('yes', 'no', 'perhaps'), dict(num_classes=3, in_chans=1, img_size=48)),
+    ('lfnsb', (), dict(num_classes=0))])
+def test_folders_that_pack_and_convert_write(name, labels, kwargs, tmp_path):
+    model = timm.create_model(name, **kwargs).eval()
+    write_folder(model, tmp_path / 'out', labels, kwargs)
+    kind = transformers.AutoModelForImageClassification if labels else transformers.AutoModel
+    wrapped, info = kind.from_pretrained(tmp_path / 'out', output_loading_info=True)
+    assert not any(info.values())
+    images = torch.randn(2, kwargs.get('in_chans', 3), *2 * [kwargs.get('img_size', 64)])
+    with torch.no_grad():
+        answer = wrapped.eval()(images)
+        torch.testing.assert_close(answer.logits if labels else answer.pooler_output, model(images), rtol=0, atol=0)
+    assert not labels or wrapped.config.id2label == dict(enumerate(labels))
 
 
 @pytest.mark.parametrize('name, kwargs', [('lfn_small.affectnet7', dict(img_size=96)), ('mfn.rafdb', dict(in_chans=1))])

@@ -16,6 +16,8 @@ def loop_loss(features, centers, prob, alpha, variant):
     """Equations (3) to (6) of the paper, sample by sample, with NumPy's own correlation."""
     features, centers, prob = (np.asarray(x, dtype=np.float64) for x in (features, centers, prob))
     num, classes = prob.shape
+    if variant == 'margin':
+        return loop_margin(features, centers, prob, alpha)
     intra = inter = 0.
     for i in range(num):
         for j in range(classes):
@@ -28,6 +30,22 @@ def loop_loss(features, centers, prob, alpha, variant):
     if variant == 'paper':
         return alpha * intra / var + (1 - alpha) * inter
     return alpha * intra / var + (1 - alpha) * (2 - inter)
+
+
+def loop_margin(features, centers, prob, alpha, margin=0.5):
+    """Our variant: the own center near, the nearest wrong one farther by the margin, centers apart."""
+    num, classes = prob.shape
+    intra = missed = alike = 0.
+    for i in range(num):
+        distances = [1 - np.corrcoef(features[i], center)[0, 1] for center in centers]
+        for j in range(classes):
+            nearest = min(distances[k] for k in range(classes) if k != j)
+            intra += prob[i, j] * distances[j] / num
+            missed += prob[i, j] * max(0., margin + distances[j] - nearest) / num
+    for j in range(classes):
+        for k in range(j):
+            alike += max(0., np.corrcoef(centers[j], centers[k])[0, 1]) / (classes * (classes - 1) / 2)
+    return alpha * intra + (1 - alpha) * (missed + alike)
 
 
 def make(num=9, classes=5, dim=12, **kwargs):
@@ -75,8 +93,8 @@ def test_gradients_and_autocast(variant):
 
 
 def test_where_each_variant_ends():
-    """Features free to move, with learned centers: only one variant leaves the classes apart."""
-    own, within, between = {}, {}, {}
+    """Features free to move, with learned centers: 'margin' alone keeps all apart, and 'intended' has no floor."""
+    own, within, between, nearest, values = {}, {}, {}, {}, {}
     target = torch.arange(5).repeat_interleave(8)
     same = target[:, None] == target
     for variant in VARIANTS:
@@ -86,15 +104,40 @@ def test_where_each_variant_ends():
         optimizer = torch.optim.Adam([features, *loss.parameters()], lr=0.1)
         for _ in range(150):
             optimizer.zero_grad()
-            loss(features, target).backward()
+            values[variant] = loss(features, target)
+            values[variant].backward()
             optimizer.step()
         correlations = np.corrcoef(features.detach().numpy(), loss.centers.detach().numpy())
         own[variant] = correlations[range(40), 40 + target.numpy()].mean()
         within[variant] = correlations[:40, :40][same.numpy()].mean()
         between[variant] = correlations[:40, :40][~same.numpy()].mean()
+        nearest[variant] = (correlations[:40, 40:] - 9 * np.eye(5)[target.numpy()]).max()  # of the wrong centers
     assert within['reference'] > 0.99 and own['reference'] > 0.99 and between['reference'] < 0.1
     assert between['intended'] > 0.99 and own['intended'] < -0.99  # one direction, opposite to all centers
     assert between['paper'] > 0.99 and own['paper'] > 0.99  # one direction for all
+    assert own['margin'] > 0.95 and within['margin'] > 0.95 and between['margin'] < 0.1
+    assert nearest['margin'] < 0.1 < nearest['reference']  # no feature has a correlation with any wrong center
+    assert 0 <= values['margin'] < 0.01
+
+
+@pytest.mark.parametrize('learn_centers', [True, False])
+def test_the_margin_variant_undoes_a_collapse(learn_centers):
+    """From features of one direction, and centers of nearly one, it finds the way apart; it never falls below 0."""
+    loss, _, target = make(num=40, dim=32, variant='margin', learn_centers=learn_centers)
+    if learn_centers:
+        loss.centers.data = loss.centers.data[:1] + 0.01 * loss.centers.data
+    features = (torch.randn(1, 32) + 0.01 * torch.randn(40, 32)).requires_grad_()
+    optimizer = torch.optim.Adam([features, *loss.parameters()], lr=0.1)
+    values = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        value = loss(features, target)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert min(values) >= 0 and values[-1] < 0.2 < values[0]
+    correlations = np.corrcoef(features.detach().numpy(), loss.centers.detach().numpy())[:40, 40:]
+    assert (correlations.argmax(axis=1) == target.numpy()).all()
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

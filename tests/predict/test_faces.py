@@ -37,6 +37,19 @@ def test_faces_of_any_size_largest_first(portrait):
     assert filling.box[3] > 1800
 
 
+def test_small_faces_in_a_large_picture(portrait):
+    """At 1024 pixels such faces are 21 high, and about every third is found."""
+    picture = np.full((1400, 2800, 3), 96, np.uint8)
+    head = cv2.resize(portrait[20:180, 55:195], None, fx=0.52, fy=0.52, interpolation=cv2.INTER_AREA)
+    places = {(400 * column + 90 + 7 * row, 330 * row + 80) for column in range(7) for row in range(4)}
+    for x, y in places:
+        picture[y:y + len(head), x:x + head.shape[1]] = head
+    found = YuNetDetector()(picture)
+    assert len(found) == 28 and all(face.turn == 0 and face.score > 0.8 for face in found)
+    corners = sorted((round(face.box[0] - 12), round(face.box[1] - 12)) for face in found)
+    np.testing.assert_allclose(corners, sorted(places), atol=8)
+
+
 def test_nothing_to_find():
     rng = np.random.default_rng(0)
     for size in ((1, 1), (1, 3000), (3000, 2), (32, 320), (10, 1024), (200, 300)):

@@ -119,12 +119,25 @@ def test_contents_and_tensors(gradient):
             read_image(source)
 
 
-@pytest.mark.parametrize('name, advice', [('a.heic', 'pillow-heif'), ('a.NEF', 'JPEG'), ('a.png', '')])
-def test_unknown_formats_say_what_reads_them(tmp_path, name, advice):
+@pytest.mark.parametrize('name, readable, advice', [
+    ('a.heic', False, 'pip install pillow-heif'), ('a.heic', True, ''), ('a.NEF', False, 'into a JPEG'),
+    ('a.svg', False, 'JPEG or PNG'), ('a.png', True, ''),
+])
+def test_unknown_formats_say_what_reads_them(tmp_path, monkeypatch, name, readable, advice):
+    """A damaged file of a format that is read is no reason to install anything."""
+    known = {suffix: kind for suffix, kind in Image.registered_extensions().items() if suffix not in ('.heic', '.HEIC')}
+    monkeypatch.setattr(Image, 'registered_extensions', lambda: {**known, '.heic': 'HEIF'} if readable else known)
     (tmp_path / name).write_bytes(bytes(500))
     assert find_images(tmp_path)
-    with pytest.raises(ImageError, match=f'{name}.*{advice}'):
+    with pytest.raises(ImageError, match=f'{name}: not an image, or damaged{f"; .*{advice}" if advice else "[.]$"}'):
         read_image(tmp_path / name)
+
+
+def test_heic(tmp_path, portrait):
+    heif = pytest.importorskip('pillow_heif', reason='pip install pillow-heif to test HEIC')
+    heif.from_pillow(Image.fromarray(portrait)).save(tmp_path / 'IMG_1.HEIC', quality=95)
+    [(path, _)] = find_images(tmp_path)
+    assert np.abs(read_image(path).astype(int) - portrait).mean() < 4
 
 
 def test_find_images(tmp_path):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
+import operator
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
+from torch.utils.data import DataLoader
 
 from timm_lfnsb import ExpressionRecognizer
 from timm_lfnsb.errors import UserError
@@ -192,6 +195,38 @@ def test_exported_files_in_threads_and_copies(suffix, tmp_path):
         with ThreadPoolExecutor(8) as pool:
             for [face], expected in zip(pool.map(other, images), serial, strict=True):
                 assert face.probabilities == near(expected)
+
+
+@pytest.mark.slow
+def test_spawned_processes(recognize, portrait, tmp_path):
+    """A pool, and workers of a DataLoader, to which the recognizers travel: one with a model, one with a file."""
+    pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]'")
+    export_model(tiny_model(), tmp_path / 'm.onnx')
+    both = [recognize, ExpressionRecognizer(tmp_path / 'm.onnx')]
+    call, expected = operator.methodcaller('__call__', portrait), [other(portrait) for other in both]
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        pooled = pool.map(call, both)
+    loaded = list(DataLoader(
+        both, batch_size=None, collate_fn=call, num_workers=2, multiprocessing_context='spawn'))  # type: ignore[arg-type]
+    for results in (pooled, loaded):
+        for [face], [other] in zip(results, expected, strict=True):
+            assert face.box == other.box and face.probabilities == near(other.probabilities)
+
+
+def test_reading_ahead_is_bounded(gradient):
+    pulled = ahead = 0
+
+    def images():
+        nonlocal pulled
+        for _ in range(60):
+            pulled += 1
+            yield gradient
+
+    recognize = ExpressionRecognizer(tiny_model(), detector=None, batch_size=4, workers=3)
+    for done, faces in enumerate(recognize.stream(images()), 1):
+        assert len(faces) == 1
+        ahead = max(ahead, pulled - done)
+    assert done == pulled == 60 and ahead < 2 * 3 + 2 * 4  # two images a worker, one batch ahead and one at the network
 
 
 def test_buffers_may_be_used_again(recognize, portrait):

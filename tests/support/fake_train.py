@@ -1,6 +1,7 @@
 """Writes what timm's train script would, without training: a checkpoint EPOCH.pth.tar from beside it for each epoch.
 
-It notes its arguments in calls.txt. Variables of the environment make it fail, wait, or stop after an epoch.
+It notes its arguments in calls.txt. Variables of the environment make it fail, wait, stop after an epoch, or have
+another best epoch.
 """
 import argparse
 import json
@@ -40,7 +41,8 @@ def main():
         shutil.copy(here / f'{epoch}.pth.tar', run / 'last.pth.tar')
         (run / 'last.pth.tar.epoch').write_text(str(epoch))
         shutil.copy(here / f'{epoch}.pth.tar', run / f'checkpoint-{epoch}.pth.tar')
-        if epoch < 2:  # which is the best of all
+        wanted, _, best = os.environ.get('FAKE_BEST', 'nothing:1').partition(':')
+        if epoch <= (int(best) if wanted in name else 1):  # the last one of these is the best of all
             shutil.copy(here / f'{epoch}.pth.tar', run / 'model_best.pth.tar')
         if os.environ.get('FAKE_KILL') == f'{name}:{epoch}':
             os.kill(os.getpid(), signal.SIGKILL)

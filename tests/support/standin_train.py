@@ -24,6 +24,8 @@ for option, default in {
     parser.add_argument(option, default=default)
 for option in ('--torchscript', '--naflex-loader', '--use-multi-epochs-loader', '--pretrained'):
     parser.add_argument(option, action='store_true')
+for option in ('--mixup', '--cutmix'):
+    parser.add_argument(option, type=float, default=0.)
 for option, default in {'--aug-splits': 0, '--mixup-off-epoch': 0, '--num-classes': None, '--seed': 42}.items():
     parser.add_argument(option, type=int, default=default)
 
@@ -64,7 +66,9 @@ def main():
         parts = task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
     Path(args.output, 'result.json').write_text(json.dumps({
         'args': vars(args), 'task': type(task).__name__, 'parts': {k: v.sum().item() for k, v in parts.items()},
-        'labels': labels, 'transforms': transforms, 'centers': getattr(task, 'centers', torch.empty(0)).tolist()}))
+        'labels': labels, 'transforms': transforms,
+        'task_state': {name: {key: tensor.tolist() for key, tensor in loss.items()}
+                       for name, loss in task.get_task_state().items()}}))
 
 
 if __name__ == '__main__':

@@ -78,15 +78,18 @@ def test_centers_go_on_from_the_initial_checkpoint_of_a_run_with_the_same_labels
         names, keys, kept, face_folder, tmp_path, caplog):
     (tmp_path / 'old.txt').write_text('\n'.join(names))
     centers = {'task_state': torch.rand(4, 512), 'task_state_ema': torch.rand(4, 512)}
-    states = {key: {'cosine_harmony': {'centers': centers[key]}} for key in keys}
+    states = {key: {'cosine_harmony': {'centers': centers[key]}, 'dda': {'centers': torch.rand(3, 512)}}
+              for key in keys}
     args = argparse.Namespace(model='mobilefacenet', class_map=str(tmp_path / 'old.txt'))
     torch.save({'state_dict': {}, 'args': args, **states}, tmp_path / 'last.pth.tar')
     flags = ['--cosine-harmony', '1', '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt']
-    begun = torch.tensor(standin(tmp_path, *flags)['centers'])
-    ours = torch.tensor(standin(tmp_path, *flags, '--initial-checkpoint', tmp_path / 'last.pth.tar')['centers'])
-    expected = centers['task_state_ema' if 'task_state_ema' in keys else 'task_state'] if kept else begun
-    torch.testing.assert_close(ours, expected)
-    assert ('start anew' in caplog.text) == (not kept)
+    flags += ['--feature-loss', 'dda', '--feature-loss', 'center']  # one of another size, and one that is new
+    begun = standin(tmp_path, *flags)['task_state']
+    ours = standin(tmp_path, *flags, '--initial-checkpoint', tmp_path / 'last.pth.tar')['task_state']
+    expected = centers['task_state_ema' if 'task_state_ema' in keys else 'task_state']
+    assert (ours.pop('cosine_harmony') == {'centers': expected.tolist()}) == kept
+    assert ours == {'dda': begun['dda'], 'center': begun['center']}
+    assert ('centers of cosine_harmony' in caplog.text) == (not kept) and 'centers of dda' in caplog.text
 
 
 def test_weights_that_are_nan_are_not_saved(tmp_path):

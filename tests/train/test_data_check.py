@@ -14,6 +14,7 @@ from support.train_script import standin
 
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
+from timm_lfnsb.train.checkpoints import run_label_names
 from timm_lfnsb.train.data_check import check_class_folders, warn_of_other_labels
 
 CLASSES = ['neutral', 'happiness', 'anger']
@@ -49,9 +50,34 @@ def test_folders_left_out_on_purpose(skip, tmp_path):
     for other, words in (
             (dict(skip_folders=['yaw']), r'yawning'), (dict(class_map=''), r'needs a --class-map'),
             (dict(class_map='none.txt'), r'none.txt cannot be read'),
-            (dict(num_classes=2), r'map.txt has more classes than --num-classes 2')):
+            (dict(num_classes=2), r'map.txt has more classes than --num-classes 2'),
+            (dict(num_classes=4), r'map.txt has 3 names and --num-classes is 4')):
         with pytest.raises(UserError, match=words):
             check_class_folders(argparse.Namespace(**{**vars(options), **other}))
+
+
+def test_a_misspelt_folder_says_which_name_is_near(tmp_path):
+    with pytest.raises(UserError, match=r'leave their images out: hapiness \(did you mean happiness\?\); it names'):
+        check_class_folders(folders(tmp_path, classes=CLASSES, train=('anger', 'hapiness')))
+    options = folders(tmp_path / 'b', classes=['fear', 'sad', 'sadness'], train=('fear',))
+    with pytest.raises(UserError, match=r'map.txt names one class twice \(sad, sadness\)'):
+        check_class_folders(options)
+
+
+MESSY = b'\xef\xbb\xbfneutral\r\n\r\nhappiness \r\nsadness\r\nanger\r\n\r\n \r\n'
+
+
+def test_a_messy_class_map_trains_as_a_clean_one(tmp_path, face_folder):
+    """timm itself would count the empty lines and call the first class '\\ufeffneutral'."""
+    (tmp_path / 'data').mkdir()
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / split).symlink_to(face_folder / split)
+    (tmp_path / 'data' / 'messy.txt').write_bytes(MESSY)
+    common = '--num-classes', 4, '--seed', 1
+    clean = standin(tmp_path, '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', *common)
+    messy = standin(tmp_path, '--data-dir', tmp_path / 'data', '--class-map', 'messy.txt', *common)  # in the folder
+    assert messy['labels'] == clean['labels'] and sorted(set(messy['labels'][0])) == [0, 1, 2, 3]
+    assert run_label_names(argparse.Namespace(**messy['args'])) == ['neutral', 'happiness', 'sadness', 'anger']
 
 
 def test_tar_files_are_looked_into_and_zip_files_refused(tmp_path):

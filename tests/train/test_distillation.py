@@ -75,7 +75,8 @@ def test_the_loss_is_timms_and_the_cosine_harmony_loss(weights, teachers):
 
 
 @pytest.mark.parametrize('flags, task', [
-    (['--cosine-harmony', '2'], 'CosineHarmonyDistillationTask'), ([], 'LogitDistillationTask')])
+    (['--cosine-harmony', '2'], 'CosineHarmonyDistillationTask'), ([], 'LogitDistillationTask'),
+    (['--feature-loss', 'separate:2', '--feature-loss', 'center:2'], 'FeatureLossDistillationTask')])
 def test_the_launcher_takes_over_timms_task(flags, task, teachers, face_folder, tmp_path):
     """Every teacher counts, and so does the prior that is taken off their answer as it is off the student's."""
     shutil.copytree(face_folder, tmp_path / 'faces')
@@ -87,7 +88,8 @@ def test_the_launcher_takes_over_timms_task(flags, task, teachers, face_folder, 
     assert {run['task'] for run in runs} == {task}
     assert len({round(run['parts']['kd_loss'], 6) for run in runs}) == 4
     for parts in (run['parts'] for run in runs):
-        total = parts['task_loss'] + parts['kd_loss'] + 2 * parts.get('cosine_harmony_loss', 0)
+        names = ('cosine_harmony_loss', 'separate_loss', 'center_loss')
+        total = parts['task_loss'] + parts['kd_loss'] + 2 * sum(parts.get(name, 0) for name in names)
         assert parts['loss'] == pytest.approx(total, rel=1e-5)
 
 

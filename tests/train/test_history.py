@@ -24,7 +24,8 @@ def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
         header + '0,2.0,1.9,40.0,80,0.1\n1,1.8,1.7,50.0,81,0.1\n'
         + header + '1,1.7,1.6,55.5,82,0.1\n2,1.5,1.5,53.0,83,0.1\n')
     (tmp_path / 'b').mkdir()
-    (tmp_path / 'b' / 'args.yaml').write_text('{model: resnet18, lr: null, lr_base: 0.1, lr_base_size: 256, opt: sgd}')
+    (tmp_path / 'b' / 'args.yaml').write_text(
+        '{model: resnet18, lr: null, lr_base: 0.1, lr_base_size: 256, opt: sgd, feature_loss: [center, "dda:0.1"]}')
     [run] = runs.read_runs(tmp_path / 'a')
     assert [row['eval_top1'] for row in run['curve']] == [40, 55.5, 53]
     assert run['recipe'] == 'ferplus-cpu-56' and run['overrides'] == {'epochs': 5}
@@ -36,7 +37,7 @@ def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
     assert first['best validation'] == '55.5 (epoch 1)' and first['validation curve'] == '40.0 55.5 53.0'
     assert first['last train loss'] == '1.500' and first['size'] == '56' and 'alpha 0.1' in first['loss']
     assert second['best validation'] == '-' and second['epochs'].startswith('0') and second['model'] == 'resnet18'
-    assert 'lr base 0.1' in second['optimiser'] and second['loss'] == 'CE'
+    assert 'lr base 0.1' in second['optimiser'] and second['loss'] == 'CE + center + dda:0.1'
 
 
 def test_runs_without_folders_are_those_of_the_embedded_weights():

@@ -1,6 +1,7 @@
 """`timm-lfnsb run` with a stand-in script; timm's own is in test_real_train."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,33 @@ def test_the_options_work_from_yaml_and_the_command_line_wins(tmp_path):
     one_sentence(launch(STANDIN, '--config', config), 'reference, intended, paper')
 
 
+def test_losses_on_features_by_name(tmp_path):
+    result = standin(tmp_path, '--feature-loss', 'center', '--cosine-harmony', '2', '--feature-loss',
+                     'island:0.5:island=0.1,learn_centers=false')
+    parts = result['parts']
+    assert result['task'] == 'FeatureLossTask'
+    assert parts['loss'] == pytest.approx(parts['task_loss'] + 2 * parts['cosine_harmony_loss'] + 0.003 *
+                                          parts['center_loss'] + 0.5 * parts['island_loss'])
+    assert result['args']['feature_loss'] == ['center', 'island:0.5:island=0.1,learn_centers=false']
+    assert list(result['task_state']) == ['cosine_harmony', 'center', 'island']
+    alone = standin(tmp_path, '--cosine-harmony', '2', '--cosine-harmony-variant', 'margin')
+    same = standin(tmp_path, '--feature-loss', 'cosine-harmony:2:variant=margin')
+    assert alone['parts'] == same['parts'] and alone['task_state'] == same['task_state']
+
+
+@pytest.mark.parametrize('yaml_losses, names', [
+    (['center', 'dacl:0.5'], ['center', 'dacl']), ('separate', ['separate']), ([], [])])
+def test_losses_from_yaml_and_the_command_line_wins(yaml_losses, names, tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text(yaml.safe_dump(dict(feature_loss=yaml_losses)))
+    assert list(standin(tmp_path, '--config', config)['task_state']) == names
+    flags = ['--feature-loss', 'dda', '--feature-loss', 'affinity:0.1']
+    assert list(standin(tmp_path, '--config', config, *flags)['task_state']) == ['dda', 'affinity']
+
+
 def test_help():
-    for flag in ('--cosine-harmony WEIGHT', '--label-votes FILE', '--logit-adjustment TAU', '--kd-model-name'):
+    for flag in ('--cosine-harmony WEIGHT', '--feature-loss NAME[:WEIGHT[:key=value,...]]',
+                 '--label-votes FILE', '--logit-adjustment TAU', '--kd-model-name'):
         assert flag in launch(STANDIN, '--help').output
 
 
@@ -65,6 +91,17 @@ def test_other_scripts_run_as_they_are_and_import_their_siblings(tmp_path):
     (['--cosine-harmony', '1', '--torchscript'], ['--torchscript']),
     (['--cosine-harmony', '1', '--naflex-loader'], ['--naflex-loader']),
     (['--cosine-harmony', '1', '--cosine-harmony-alpha', '2'], ['[0, 1]']),
+    (['--feature-loss', 'focal'], ['--feature-loss focal', 'cosine-harmony, center, island']),
+    (['--feature-loss', 'center:heavy'], ['above 0, not heavy']),
+    (['--feature-loss', 'center:0'], ['above 0, not 0']),
+    (['--feature-loss', 'center:1:alpha=1'], ['no setting alpha, only learn_centers']),
+    (['--feature-loss', 'island:1:5'], ['5 is not key=value']),
+    (['--feature-loss', 'dacl:1:hidden=wide'], ['dacl cannot be made with']),
+    (['--feature-loss', 'cosine-harmony', '--cosine-harmony', '1'], ['named twice']),
+    (['--feature-loss', 'arcface', '--mixup', '0.2'], ['arcface takes no mixed labels', '--mixup']),
+    (['--feature-loss', 'center', '--torchscript'], ['--feature-loss cannot be combined', '--torchscript']),
+    (['--feature-loss', 'center', '--kd-model-name', 'resnet18', '--kd-distill-type', 'feature'],
+     ['--kd-model-name', 'logit']),
     (['--balance-power', '1.5'], ['--balance-power', '[0, 1]']),
     (['--balance-power', '1', '--use-multi-epochs-loader'], ['--balance-power', '--use-multi-epochs-loader']),
     (['--label-votes', 'none.csv'], ['none.csv is not a file', 'prepare ferplus']),
@@ -89,8 +126,8 @@ def test_a_script_that_goes_past_the_replaced_task_is_refused(face_folder, tmp_p
         ('task = ClassificationTask(', "task = TASKS['classification']("))
     args = [script, '--output', tmp_path, '--data-dir', face_folder]
     assert launch(*args).exit_code == 0
-    for option in ('--cosine-harmony', '--logit-adjustment'):
-        one_sentence(launch(*args, option, '1'), f'{option}', 'builds a ClassificationTask')
+    for option, value in (('--cosine-harmony', '1'), ('--feature-loss', 'center'), ('--logit-adjustment', '1')):
+        one_sentence(launch(*args, option, value), f'{option}', 'builds a ClassificationTask')
 
 
 def test_scripts_of_older_releases(tmp_path, caplog):
@@ -109,3 +146,18 @@ def test_scripts_that_are_none(tmp_path):
     one_sentence(launch(script), 'no main()')
     missing = launch('no_such_train.py', env={'TIMM_SCRIPTS': ''})
     one_sentence(missing, 'no_such_train.py', 'TIMM_SCRIPTS', 'pytorch-image-models')
+
+
+@pytest.mark.parametrize('name', ['infer.py', 'my_train.py'])
+@pytest.mark.parametrize('package, words', [
+    ('nobody_has_this.part', 'it needs nobody_has_this: pip install nobody_has_this'),
+    ('onnxscript', 'it needs onnxscript: pip install "timm-lfnsb[export]"')])
+def test_a_script_that_needs_more_than_timm(name, package, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_text(f'import {package}\n')
+    one_sentence(launch(tmp_path / name), f'{name} cannot run: {words}')
+
+
+def test_a_script_whose_name_is_nearly_right(tmp_path):
+    (tmp_path / 'validate.py').write_text('')
+    one_sentence(launch('valdate.py', env={'TIMM_SCRIPTS': str(tmp_path)}), 'valdate.py (did you mean validate.py?)')

@@ -11,25 +11,35 @@ import torch
 import yaml
 from support.train_script import BASE, RANDOM, TORCHRUN, assert_same_end, load, python, train
 
+SOFT = ['--feature-loss', 'separate', '--feature-loss', 'dacl']
+ALL = [*SOFT, *(text for name in ('center', 'island', 'affinity', 'dda:0.1', 'arcface:0.1', 'cosface:0.1', 'sphereface')
+                for text in ('--feature-loss', name))]
+
 
 @pytest.mark.parametrize('flags', [
     ['--grad-accum-steps', '3'],
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--layer-decay', '0.7'],
     ['--mixup', '0.2', '--cutmix', '1'],
-    ['--mixup', '0.2', '--cutmix', '1', '--no-prefetcher'],
+    ['--mixup', '0.2', '--cutmix', '1', '--no-prefetcher', *SOFT],
+    pytest.param(['--amp', '--amp-dtype', 'bfloat16', *ALL], id='--amp, all losses'),
     pytest.param(['--torchcompile', 'eager'], marks=pytest.mark.slow),
+    pytest.param(['--torchcompile', 'eager', *ALL], marks=pytest.mark.slow, id='--torchcompile, all losses'),
     pytest.param(['--bce-loss'], marks=pytest.mark.slow),
     pytest.param(['--grad-checkpointing'], marks=pytest.mark.slow),
 ], ids=' '.join)
+@pytest.mark.filterwarnings('ignore:__array_wrap__ must:DeprecationWarning')  # in the library, of NumPy
 def test_real_train_learns_with_each_flag(flags, timm_scripts, face_folder, tmp_path):
     run = train(timm_scripts, face_folder, tmp_path, 'run', '--epochs', '2', '--no-aug', '--model-ema',
                 '--model-ema-decay', '0.5', '--val-split', '', '--model', 'lfnsb', *flags)
     start, end = load(run / 'checkpoint-0.pth.tar'), load(run / 'last.pth.tar')
-    centers = [state[key]['cosine_harmony']['centers'] for state in (start, end) for key in (
-        'task_state', 'task_state_ema')]
-    assert all(tensor.isfinite().all() for tensor in centers)
-    assert not torch.equal(centers[0], centers[2]) and not torch.equal(centers[1], centers[3])  # learned, and averaged
-    assert not torch.equal(centers[2], centers[3])
+    names = {text.partition(':')[0] for text in flags if text in ALL} - {'--feature-loss'}
+    assert set(end['task_state']) == {'cosine_harmony', *names}
+    for name in end['task_state']:
+        for key in end['task_state'][name]:
+            values = [state[task][name][key] for state in (start, end) for task in ('task_state', 'task_state_ema')]
+            assert all(tensor.isfinite().all() for tensor in values)
+            assert not torch.equal(values[0], values[2]) and not torch.equal(values[1], values[3])  # learned, averaged
+            assert not torch.equal(values[2], values[3])
     assert set(end['state_dict']) == set(timm.create_model('lfnsb', num_classes=4).state_dict())  # no wrapper's names
     losses = [float(row['train_loss']) for row in csv.DictReader((run / 'summary.csv').open())]
     assert losses[1] < losses[0]
@@ -40,7 +50,7 @@ def test_real_train_learns_with_each_flag(flags, timm_scripts, face_folder, tmp_
 
 @pytest.mark.parametrize('flags', [
     [*RANDOM, '-j', '2', '--sched-on-updates', '--grad-accum-steps', '2'],
-    ['--mixup', '0.2', '--mixup-off-epoch', '1', '--model-ema'],
+    ['--mixup', '0.2', '--mixup-off-epoch', '1', '--model-ema', '--feature-loss', 'dacl', '--feature-loss', 'center:1'],
     ['-j', '1', '--train-img-sizes', '32', '48', '--balance-power', '1', '--model-ema'],
     ['--no-epoch-seeds'],
 ], ids=['two workers', 'mixup off', 'sizes and balance', "timm's own order"])

@@ -104,6 +104,7 @@ from timm_lfnsb.cli import main
 timm.create_model('lfnsb', pretrained=True)
 ExpressionRecognizer()
 main(['--help'], standalone_mode=False)
+main(['doctor'], standalone_mode=False)
 assert names.HUB_ORG == 'mirror' and timm.get_pretrained_cfg('lfnsb.ferplus').hf_hub_id == 'mirror/lfnsb.ferplus'
 import socket
 socket.getaddrinfo('localhost', 80)  # the guard works
@@ -130,6 +131,17 @@ def test_hub_preferred(server, client, tmp_path):
     # There is no falling back to the embedded file without a word.
     del server.repos[REPO]
     assert f'there is no model {REPO}' in refused(client, PREFER, env=prefer, cache=tmp_path / 'e')
+
+
+def test_a_wrong_name_says_which_are_near(server, client, tmp_path):
+    """Those of the zoo and those in the cache, whether the Hub can be asked or not."""
+    fetch = 'from timm_lfnsb.weights.fetch import fetch_model\nresult = str(fetch_model(name))'
+    client.run(fetch, name='someone/faces')
+    for wrong, near in (('timm-lfnsb/lfnsb.ferpls', REPO), ('somone/face', 'someone/faces'), ('me/xyz', None)):
+        for env in ({}, {'HF_HUB_OFFLINE': '1'}):
+            message = refused(client, LOAD, name=f'hf-hub:{wrong}', cache=tmp_path, env=env)
+            assert (f'{wrong} (did you mean {near}?)' if near else wrong) in message
+            assert near or 'did you mean' not in message
 
 
 def test_our_labels_do_not_come_from_the_hub(server, client, tmp_path):

@@ -12,7 +12,6 @@ import copy
 import functools
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
@@ -25,7 +24,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -37,9 +35,11 @@ from torch import nn
 
 from ..errors import UserError, one_sentence, reason
 from ..export.export import export_model
+from ..models.names import check_model_name
 from ..predict.exported import ExportedModel
 from ..train.task import CosineHarmonyTask
 from ..util.machine import available_cores, cpu_name, git_commit
+from ..util.timing import interleave, quartiles
 from ..version import __version__
 from ..weights.names import embedded_weights, weights_info
 from . import process
@@ -81,6 +81,7 @@ class Network:
             from ..models.count import count_model  # fvcore warns when it is imported, also of --show
             match = re.fullmatch(r'(.+)@(\d+)', self.label)
             name, size = (match[1], int(match[2])) if match else (self.label, None)
+            check_model_name(name)
             located = name.startswith(('local-dir:', 'hf-hub:'))
             config = None if located else timm.models.get_pretrained_cfg(name)
             weights = f'{config.architecture}.{config.tag}' if config else name
@@ -184,29 +185,6 @@ def training_step(model: nn.Module, images: torch.Tensor, compiled: bool) -> Cal
         return loss.item()
 
     return step
-
-
-def interleave(runs: Sequence[Callable[[], Any]], seconds: float, rounds: int) -> np.ndarray:
-    """Time the calls in turns, about `seconds` each; median seconds of a call (len(runs), rounds)."""
-    calls = []
-    for run in runs:
-        start, count = time.perf_counter(), 0
-        while count < 3 or time.perf_counter() - start < seconds / 4:
-            last = timeit(run, number=1)
-            count += 1
-        calls.append(max(1, math.ceil(seconds / rounds / last)))
-    times = np.empty((len(runs), rounds))
-    for turn in range(rounds):
-        for i, run in enumerate(runs):
-            run()  # caches, memory, and threads that others left spinning
-            times[i, turn] = np.median([timeit(run, number=1) for _ in range(calls[i])])
-    return times
-
-
-def quartiles(values: Any) -> dict[str, float]:
-    """Median and quartiles, with five digits."""
-    low, median, high = (float(f'{value:.5g}') for value in np.percentile(values, (25, 50, 75)))
-    return {'median': median, 'q1': low, 'q3': high}
 
 
 def summarise(times: dict[str, np.ndarray], batch: int, peer: str | None) -> dict[str, dict[str, Any]]:

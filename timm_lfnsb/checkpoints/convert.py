@@ -13,7 +13,7 @@ import torch
 from timm.models import clean_state_dict
 
 from ..data.readers import FERPLUS_COLUMNS, RAFDB_LABELS
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..models.checkpoint_keys import rename_keys
 from ..models.networks import default_cfgs
@@ -63,7 +63,8 @@ def convert(
         UserError: When the file, the model and the labels do not fit; nothing is written then.
     """
     if model not in default_cfgs:
-        raise UserError(f"there is no model {model} to convert to: choose one of {', '.join(default_cfgs)}.")
+        raise UserError(f'there is no model {model} to convert to{did_you_mean(model, default_cfgs)}: choose one of '
+                        f"{', '.join(default_cfgs)}.")
     value, foreign = load(source)
     try:
         tensors = leave_out(find_tensors(value), drop)
@@ -181,5 +182,8 @@ def resolve_labels(labels: str | Sequence[str] | None, num_classes: int) -> tupl
             f'has a classifier of {num_classes} classes and nothing in it says which: give --labels with '
             f"{', '.join([*sets, 'all names in the order of its outputs'])}; or leave it out with --drop fc.")
     if isinstance(labels, str):
+        if num_classes > 1 and ',' not in labels and labels not in LABEL_SETS:
+            raise UserError(f"has a classifier of {num_classes} classes, and there is no label set {labels}"
+                            f"{did_you_mean(labels, LABEL_SETS)}; there are {', '.join(LABEL_SETS)}.")
         labels = LABEL_SETS.get(labels) or labels.split(',')
     return tuple(name.strip() for name in labels or ())

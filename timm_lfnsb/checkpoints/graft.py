@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from ..errors import UserError
 from ..models.loading import load_model
+from ..models.names import check_model_name
 from ..util.files import replacing
 
 
@@ -26,8 +27,7 @@ def graft(model: str, donor: str, out: Path, seed: int = 0) -> tuple[int, list[s
     Raises:
         UserError: When there is no such model, the donor has no weights, or the two share no backbone.
     """
-    if not timm.is_model(model):
-        raise UserError(f'there is no model {model}.')
+    check_model_name(model)
     source = load_model(donor)
     torch.manual_seed(seed)
     target = timm.create_model(model, num_classes=source.num_classes)

@@ -36,9 +36,11 @@ def _list_of(kind: click.ParamType) -> Callable[[str], tuple[Any, ...]]:
               help='Draw accuracy, or parameters, over time: .png, .svg or .pdf.')
 @click.option('--show', type=click.Path(dir_okay=False), metavar='FILE',
               help='Measure nothing: print a report of --json.')
+@click.option('--photographs', type=click.IntRange(min=1), metavar='N',
+              help='Measure this in place of all else: N photographs as a stream of the recognizer beside a loop.')
 def bench(
         models: tuple[str, ...], peers: tuple[str, ...], json_file: str | None, plot: str | None, show: str | None,
-        **options: Any,
+        photographs: int | None, **options: Any,
 ) -> None:
     """Measure the speed of MODELS (NAME or NAME@SIZE; default: lfnsb lfn_small mfn mobilefacenet) beside peers.
 
@@ -47,6 +49,14 @@ def bench(
     """
     from ..bench import measure
     from ..bench import report as reports
+    if photographs:
+        from ..bench.photographs import format_photographs, measure_photographs
+        figures = measure_photographs(
+            photographs, *models[:1], rounds=options['rounds'], progress=lambda message: click.echo(message, err=True))
+        if json_file:
+            write_json(Path(json_file), figures)
+        click.echo(format_photographs(figures))
+        return
     if plot:
         reports.check_figure(plot)
     if show:

@@ -1,5 +1,4 @@
 """`timm-lfnsb predict`."""
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import click
               help='Write pictures with boxes and probability bars there.')
 @click.option('--batch-size', default=8, show_default=True, type=click.IntRange(min=1))
 @click.option('--workers', type=click.IntRange(min=0), help='Threads that read and search; one a core by default.')
-@click.option('--device', default='auto', show_default=True, help='A torch device; auto is CUDA where there is one.')
+@click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
 def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: Any) -> None:
     """Find the faces in images and name their expressions.
 
@@ -34,9 +33,6 @@ def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: An
     """
     if not images and not sample:
         raise click.UsageError('give images or folders of images, or --sample.')
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):  # a name that the terminal's encoding lacks must not end the rest
-            stream.reconfigure(errors='backslashreplace')
     from ..predict.images import sample_picture
     from ..predict.run import predict_lines
     if sample:

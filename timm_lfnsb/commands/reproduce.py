@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..experiments.plan import EXPERIMENTS, Plan
+from ..experiments.plan import EXPERIMENTS, WEIGHTS, Plan
 from ..experiments.plan import dry_run as print_commands
 
 
@@ -42,8 +42,8 @@ def _add_experiment(name: str, title: str) -> None:
         results, failures = run_experiment(plan, report=lambda line: click.echo(line, err=True))
         click.echo(results_markdown(results))
         if failures:
-            raise UserError(f'{len(failures)} of {len(plan.runs)} runs failed, call the same command again for these.\n'
-                            + '\n'.join(failures))
+            failed = f'{len(failures)} runs failed, call the same command again for these.'
+            raise UserError('\n'.join([failed, *failures]))
 
     if name == 'table9':
         click.option('--folds', default=10, show_default=True, type=click.IntRange(min=2))(command)
@@ -51,6 +51,13 @@ def _add_experiment(name: str, title: str) -> None:
         click.option('--subset', type=click.IntRange(min=1), metavar='N',
                      help='Train on N images, a fixed stratified subset.')(command)
         click.option('--split', help="Split to measure on; default: the recipe's validation split.")(command)
+    if name.startswith('loss'):
+        click.option('--feature-loss', 'losses', multiple=True, metavar='NAME[:WEIGHT[:key=value,...]]',
+                     help='A loss to compare, WEIGHT in place of its paper\'s; may be repeated. Default: all.')(command)
+    if name == 'losses':
+        click.option('--weights', default='both', show_default=True, type=click.Choice(WEIGHTS),
+                     help='Train with the weight of the paper, with the best of it, a tenth and ten times on '
+                          'validation (one seed, half the epochs), or with both.')(command)
 
 
 for _name, _title in EXPERIMENTS.items():

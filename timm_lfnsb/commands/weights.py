@@ -6,6 +6,9 @@ import click
 
 DATA_DIR = click.option(
     '--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
+NOTES = click.option(
+    '--note', 'notes', multiple=True, metavar='TEXT',
+    help='A sentence for the card that no figure tells; may be given several times.')
 ROBUSTNESS = click.option(
     '--robustness/--no-robustness', default=True,
     help='Measure the robustness table too, a dozen times the test split.')
@@ -90,8 +93,7 @@ def runs(folders: tuple[Path, ...]) -> None:
 @click.argument('runs', nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @DATA_DIR
 @ROBUSTNESS
-@click.option('--note', 'notes', multiple=True, metavar='TEXT',
-              help='A sentence for the card that no figure tells; may be given several times.')
+@NOTES
 @click.option('--after', metavar='NAME',
               help='Embedded weights that the first run started from: their runs become part of the record.')
 def ship(
@@ -101,4 +103,21 @@ def ship(
     from ..hub.card import weights_table
     from ..hub.ship import ship
     ship(name, runs, data_dir, None if robustness else (), notes, after)
+    click.echo(weights_table())
+
+
+@weights.command()
+@click.argument('name')
+@click.argument('base')
+@DATA_DIR
+@ROBUSTNESS
+@NOTES
+def rebalance(name: str, base: str, data_dir: Path, robustness: bool, notes: tuple[str, ...]) -> None:
+    """Store the embedded weights BASE as NAME, too, with the prior of their training labels out of the bias.
+
+    See `timm-lfnsb rebalance`, which does it to a folder.
+    """
+    from ..hub.card import weights_table
+    from ..hub.ship import ship_rebalanced
+    ship_rebalanced(name, base, data_dir, None if robustness else (), notes)
     click.echo(weights_table())

@@ -60,3 +60,43 @@ def loss_curves_figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, float
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(curves))
     return figure
+
+
+def features_figure(
+        panels: Mapping[str, np.ndarray], labels: np.ndarray, label_names: Sequence[str]) -> Figure:
+    """Draw where the same faces of classes (N,) lie in each network's features, given as points (N, 2) by title."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.3 * rows + 0.6), dpi=150, layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, points) in zip(grid, panels.items(), strict=False):
+        for i, name in enumerate(label_names):
+            axes.scatter(*points[labels == i].T, s=6, color=f'C{i}', alpha=0.7, linewidths=0, label=name)
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.title.set_fontsize('medium')
+    for axes in grid[len(panels):]:
+        axes.set_axis_off()
+    figure.legend(*grid[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(8, 2 * columns),
+                  markerscale=3)
+    return figure
+
+
+def distances_figure(distances: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Draw distances within and between classes, as `features.class_distances` gives them for each seed, by name."""
+    figure = Figure(figsize=(10, 1.6 + 0.38 * len(distances)), dpi=150, layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(distances))
+    units = {'cosine': 'cosine distance', 'euclidean': 'Euclidean distance / mean distance from the center of all'}
+    for axes, (metric, unit) in zip(panels, units.items(), strict=True):
+        for kind, shift, what in (('intra', -0.2, 'a face and the mean of its class'),
+                                  ('inter', 0.2, 'the means of two classes')):
+            values = [[seed[f'{metric}_{kind}'] for seed in seeds] for seeds in distances.values()]
+            axes.barh(places + shift, [np.mean(row) for row in values], 0.4, label=what,
+                      xerr=[np.std(row, ddof=1) if len(row) > 1 else 0 for row in values])
+        axes.set(xlabel=unit)
+        axes.locator_params(axis='x', nbins=5)
+        axes.grid(axis='x', alpha=0.3)
+    panels[0].set_yticks(places, list(distances))
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    return figure

@@ -1,7 +1,7 @@
 """Figures of predictions with 95 % intervals, as fractions between 0 and 1, and the comparison of two models."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,8 @@ from .predictions import Predictions
 
 CALIBRATION_BINS = 15
 RESAMPLES = 1000
+FIGURES = ('accuracy', 'balanced_accuracy', 'macro_f1', 'ece')
+"""What every table shows, by key."""
 
 
 def _wilson(successes: int, trials: int) -> list[float] | None:
@@ -21,16 +23,17 @@ def _wilson(successes: int, trials: int) -> list[float] | None:
     return [*map(float, binomtest(successes, trials).proportion_ci(0.95, method='wilson'))] if trials else None
 
 
-def compute_metrics(predictions: Predictions) -> dict[str, Any]:
+def compute_metrics(predictions: Predictions, averaged: Sequence[str] | None = None) -> dict[str, Any]:
     """Compute the figures of a classifier, as a dict that JSON can hold.
 
-    Averages run over the classes that occur in the data, as in scikit-learn. A class that is never predicted has
-    precision 0, one that does not occur None throughout. `confusion` has true classes in rows.
+    Averages run over the classes that occur in the data, as in scikit-learn, or those named in `averaged`. A class that
+    is never predicted has precision 0, one that does not occur None throughout. `confusion` has true classes in rows.
 
     Intervals: Wilson's for accuracy, precision and recall; the same, through the Jaccard index, for F1 ("Wilson
-    indirect" of arXiv 2309.14621); for the balanced accuracy the percentiles of 1000 bootstrap resamples within each
-    class, with a fixed seed, too narrow for classes of few images. `ece` is the expected calibration error of arXiv
-    1706.04599, equation (3); its 15 bins (low, high] of the highest probability are in `calibration`.
+    indirect" of arXiv 2309.14621); for balanced accuracy and macro F1 the percentiles of 1000 bootstrap resamples
+    within each class, with a fixed seed, too narrow for classes of few images. `ece` is the expected calibration error
+    of arXiv 1706.04599, equation (3); it has none, because resamples only enlarge it. Its 15 bins (low, high] of the
+    highest probability are in `calibration`.
     """
     total = len(predictions.labels)
     names = list(predictions.label_names)
@@ -51,8 +54,14 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
         per_class[name] = {'count': int(counts[i]), **(figures if present[i] else dict.fromkeys(figures))}
 
     # Resampling a class's n images draws its number of hits from the binomial distribution of n and its recall.
-    rng = np.random.default_rng(0)
-    resampled = rng.binomial(counts[present], recall[present], (RESAMPLES, present.sum())) / counts[present]
+    rng, over = np.random.default_rng(0), np.flatnonzero(present)
+    if averaged is not None:
+        over = np.array([names.index(name) for name in averaged])
+    resampled = rng.binomial(counts[over], recall[over], (RESAMPLES, len(over))) / counts[over]
+    # And its row of the confusion matrix from the multinomial one; F1 = 2 hits / (true + predicted).
+    draws = {i: rng.multinomial(counts[i], confusion[i] / counts[i], RESAMPLES) for i in np.flatnonzero(present)}
+    drawn_hits = np.stack([draws[i][:, i] for i in over], axis=1)
+    drawn_f1 = 2 * drawn_hits / (counts + sum(draws.values()))[:, over]
 
     confidence = predictions.probabilities.max(axis=1).astype(np.float64)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
@@ -69,9 +78,10 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
         'count': total,
         'accuracy': float(hits.sum() / total),
         'accuracy_interval': _wilson(hits.sum(), total),
-        'balanced_accuracy': float(recall[present].mean()),
+        'balanced_accuracy': float(recall[over].mean()),
         'balanced_accuracy_interval': np.percentile(resampled.mean(axis=1), (2.5, 97.5)).tolist(),
-        'macro_f1': float(f1[present].mean()),
+        'macro_f1': float(f1[over].mean()),
+        'macro_f1_interval': np.percentile(drawn_f1.mean(axis=1), (2.5, 97.5)).tolist(),
         'ece': ece,
         'label_names': names,
         'absent': [name for name, there in zip(names, present, strict=True) if not there],
@@ -106,6 +116,15 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
         'difference': (only_first - only_second) / total,
         'difference_interval': np.percentile((draws[:, 0] - draws[:, 1]) / total, (2.5, 97.5)).tolist(),
     }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p values of several tests so that all hold together (Holm, 1979), in their order."""
+    order = np.argsort(p_values)
+    steps = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
+    return adjusted.tolist()
 
 
 def percent(figures: Mapping[str, Any], key: str, sign: str = '') -> str:

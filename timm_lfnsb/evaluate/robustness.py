@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torchvision.transforms.functional import adjust_brightness, center_crop, pad
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..models.loading import load_model
 from ..util.text import markdown_table
 from .metrics import compare_predictions, compute_metrics, percent
@@ -84,7 +84,8 @@ def measure_robustness(
     """
     unknown = [name for name in names if name not in PERTURBATIONS]
     if unknown:
-        raise UserError(f"there is no perturbation {', '.join(unknown)}; there are {', '.join(PERTURBATIONS)}.")
+        near = did_you_mean(unknown[0], PERTURBATIONS)
+        raise UserError(f"there is no perturbation {', '.join(unknown)}{near}; there are {', '.join(PERTURBATIONS)}.")
     if isinstance(model, str):
         model = load_model(model, inference=True)
     clean = clean or predict_folder(model, data_dir, split, **options)

@@ -2,17 +2,18 @@
 
 Experiments may share a folder; a row that two of them have in common is trained once.
 
-    OUT/EXPERIMENT.json, .png       results; the only files to keep or commit
+    OUT/EXPERIMENT.json, .md, .png  results; the only files to keep or commit
     OUT/runs/RUN/log.txt, train/    output and folder of train.py
     OUT/runs/RUN/trained.json       written when training is complete
     OUT/runs/RUN/packed/            the chosen weights as a timm folder
     OUT/runs/RUN/report-SPLIT/      report of `evaluate`; metrics.json is written last
+                                    with features.npz, those of the measured images, where losses are compared
 """
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import yaml
 from ..data.prepare import read_description
 from ..data.subsets import choose_subset, list_images
 from ..errors import UserError
-from ..losses.cosine_harmony import VARIANTS
 from ..recipes import recipe_path
 from ..train.checkpoints import load_checkpoint
 from ..util.files import read_json
+from .rows import ALL_LOSSES, Loss, Row, loss_rows, table_rows, weight_rows
 
 EXPERIMENTS = {
     'table2': 'Table 2: networks (their sizes: timm-lfnsb count)',
@@ -35,6 +36,8 @@ EXPERIMENTS = {
     'table9': 'Table 9: cross-validation',
     'figure5': 'Figure 5: loss curves',
     'figure6': 'Figure 6: confusion matrix',
+    'losses': 'Losses: cross entropy alone and with each of the field',
+    'loss-weights': 'Losses: three weights of each, which is the first part of losses',
 }
 
 LAUNCHER = ('python', '-m', 'timm_lfnsb', 'run')
@@ -42,30 +45,9 @@ LAUNCHER = ('python', '-m', 'timm_lfnsb', 'run')
 # Options that an experiment sets itself or reads in the recipe; an abbreviation of one counts, too.
 _RESERVED = (
     '--config', '--data-dir', '--train-split', '--val-split', '--seed', '--experiment', '--output', '--resume',
-    '--model', '--model-kwargs', '--num-classes', '--img-size', '--input-size', '--epochs', '--cosine-harmony',
-    '--cosine-harmony-alpha', '--cosine-harmony-variant', '--cosine-harmony-fixed-centers')
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: a network, a loss, and the fold that is held out, if any."""
-
-    name: str
-    model: str
-    weight: float
-    alpha: float
-    variant: str
-    fixed_centers: bool
-    fold: int | None = None
-
-    @property
-    def flags(self) -> list[str]:
-        """Its options of train.py."""
-        flags = ['--model', self.model, '--cosine-harmony', f'{self.weight:g}']
-        if self.weight:
-            flags += ['--cosine-harmony-alpha', f'{self.alpha:g}', '--cosine-harmony-variant', self.variant]
-            flags += ['--cosine-harmony-fixed-centers'] if self.fixed_centers else []
-        return flags
+    '--model', '--model-kwargs', '--num-classes', '--img-size', '--input-size', '--epochs', '--feature-loss',
+    '--cosine-harmony', '--cosine-harmony-alpha', '--cosine-harmony-variant', '--cosine-harmony-fixed-centers')
+WEIGHTS = ('both', 'chosen', 'paper')
 
 
 class Plan:
@@ -78,7 +60,8 @@ class Plan:
     def __init__(
             self, experiment: str, data_dir: Path, out: Path, recipe: str | None = None, epochs: int | None = None,
             seeds: int = 1, subset: int | None = None, folds: int = 10, split: str | None = None,
-            script: str = 'train.py', extra: Sequence[str] = (), jobs: int = 1,
+            script: str = 'train.py', extra: Sequence[str] = (), jobs: int = 1, losses: Sequence[str] = (),
+            weights: str = 'both',
     ) -> None:
         if out == data_dir or data_dir in out.parents:
             raise UserError(f'{out} lies inside the data folder: choose a folder outside.')
@@ -113,9 +96,39 @@ class Plan:
 
         self.measured = 'the fold held out' if self.folds else self.split
 
-        self.rows = _rows(experiment, self.recipe, folds)
+        if self.recipe.get('feature_loss'):
+            raise UserError('the recipe names a feature_loss, which would stand in rows without one, too: take it out.')
+        compares = experiment in ('losses', 'loss-weights')
+        self.losses = [*map(Loss.parse, dict.fromkeys(losses or ALL_LOSSES))] if compares else []
+        self.weights = weights
+        self.trials: Plan | None = None  # which choose weights
+        if experiment == 'losses' and weights != 'paper':
+            self.trials = Plan(
+                'loss-weights', data_dir, out, recipe, (self.epochs + 1) // 2, 1, subset, script=script, extra=extra,
+                jobs=jobs, losses=losses)
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Set the rows and runs, with the weights chosen from the trials once these are finished."""
+        model = self.recipe.get('model', 'lfnsb')
+        if self.experiment == 'loss-weights':
+            self.rows = weight_rows(model, self.losses)
+        elif self.experiment == 'losses':
+            self.rows = loss_rows(model, self._weighted_losses())
+        else:
+            self.rows = table_rows(self.experiment, self.recipe, self.folds or 0)
         first = self.recipe.get('seed', 42)
-        self.runs = [Run(self, row, first + i) for row in self.rows for i in range(seeds)]
+        self.runs = [Run(self, row, first + i) for row in self.rows for i in range(self.seeds)]
+
+    def _weighted_losses(self) -> list[Loss]:
+        """Each loss with its paper's weight, with that of its best finished trial, or with both."""
+        finished = [run for run in self.trials.runs if run.is_finished] if self.trials else []
+        losses = []
+        for loss in self.losses:
+            trials = {run.row.loss: run.accuracy for run in finished if run.row.loss and run.row.loss.kind == loss.kind}
+            best = max(trials, key=lambda weighted: trials[weighted], default=loss)
+            losses += [best] if self.weights == 'chosen' else [loss, best]
+        return losses
 
 
 class Run:
@@ -124,11 +137,13 @@ class Run:
     def __init__(self, plan: Plan, row: Row, seed: int) -> None:
         self.plan, self.row, self.seed = plan, row, seed
         self.title = f'{row.name}, seed {seed}'
-        loss = f'{row.variant}-alpha{row.alpha:g}' + '-fixed' * row.fixed_centers if row.weight else 'ce'
-        fold = f'-fold{row.fold}of{plan.folds}' if plan.folds else ''
-        self.folder = plan.out / 'runs' / f'{row.model}-{loss}{fold}-seed{seed}'
+        loss = re.sub(r'[^\w.]+', '-', str(row.loss or 'ce'))
+        part = f'-fold{row.fold}of{plan.folds}' if plan.folds else ''
+        part += f'-{plan.epochs}epochs' if plan.experiment == 'loss-weights' else ''  # which are fewer than in losses
+        self.folder = plan.out / 'runs' / f'{row.model}-{loss}{part}-seed{seed}'
         self.last, self.trained = self.folder / 'train' / 'last.pth.tar', self.folder / 'trained.json'
         self.report = self.folder / f'report-{plan.split}'
+        self.features = self.report / 'features.npz' if plan.experiment == 'losses' else None
         self.measured_dir = plan.parts_dir / f'run-{row.fold}' if plan.folds else plan.data_dir
 
         self.flags, size = row.flags, plan.recipe.get('img_size')
@@ -155,7 +170,13 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.trained.is_file() and (self.report / 'metrics.json').is_file()
+        needed = [self.trained, self.report / 'metrics.json', *([self.features] if self.features else [])]
+        return all(path.is_file() for path in needed)
+
+    @property
+    def accuracy(self) -> float:
+        """Of a finished run, in [0, 1]."""
+        return float(read_json(self.report / 'metrics.json')['accuracy'])
 
     def epochs_done(self) -> int:
         """Epochs that are trained, and after which training can go on."""
@@ -181,31 +202,12 @@ def _read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
         raise UserError(f'{path} is not a YAML file of options for train.py.') from None
 
 
-def _rows(experiment: str, recipe: dict[str, Any], folds: int) -> list[Row]:
-    """The lines of an experiment's table: the recipe, with what the table is about changed."""
-    usual = Row(
-        name='', model=recipe.get('model', 'lfnsb'), weight=recipe.get('cosine_harmony') or 1.,
-        alpha=recipe.get('cosine_harmony_alpha', 0.1), variant=recipe.get('cosine_harmony_variant', VARIANTS[0]),
-        fixed_centers=recipe.get('cosine_harmony_fixed_centers', False))
-    plain = replace(usual, name='cross entropy', weight=0., fixed_centers=False)
-    losses = [replace(usual, name=f'+ {name}', variant=name, fixed_centers=False)
-              for name in ('reference', 'paper', 'intended')]
-    networks = [replace(usual, name=name, model=name)
-                for name in ('lfnsb', 'lfn_small', 'mfn', 'ddamfn', 'mobilefacenet')]
-    return {
-        'table2': networks,
-        'table3': [plain, *losses, replace(losses[-1], name='+ intended, fixed centers', fixed_centers=True)],
-        'table4': [replace(usual, name=f'alpha {alpha}', alpha=alpha) for alpha in (0.1, 0.2, 0.3, 0.4, 0.5)],
-        'table5': [networks[1], networks[0]],
-        'table9': [replace(usual, name=f'fold {fold + 1}', fold=fold) for fold in range(folds)],
-        'figure5': [plain, replace(usual, name=f'+ {usual.variant}')],
-        'figure6': [replace(usual, name=usual.model)],
-    }[experiment]
-
-
 def dry_run(plan: Plan) -> str:
     """The commands of an experiment and what is done already; trains nothing and writes nothing."""
-    lines = [f'# {plan.name}, measured on {plan.measured} after training']
+    lines = [dry_run(plan.trials), ''] if plan.trials else []
+    lines.append(f'# {plan.name}, measured on {plan.measured} after training')
+    if plan.trials and not all(run.is_finished for run in plan.trials.runs):
+        lines.append('# with the weights that stand best now, or the papers\', until the runs above are finished')
     for run in plan.runs:
         run.check_settings()
         state = 'finished' if run.is_finished else f'{run.epochs_done()} of {plan.epochs} epochs trained'

@@ -16,17 +16,19 @@ from ..checkpoints.pack import pack
 from ..data.subsets import write_folds, write_subset
 from ..errors import UserError
 from ..evaluate.report import evaluate_folder
+from ..models.loading import load_model
 from ..train.checkpoints import load_checkpoint
 from ..train.launch import find_script
-from ..util.files import write_json
+from ..util.files import replacing, write_json
 from ..util.machine import available_cores, cpu_name, git_commit
 from ..version import __version__
+from .losses import write_features
 from .plan import Plan, Run
-from .tables import collect, draw
+from .tables import collect, draw, results_markdown
 
 
 def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[str, Any], list[str]]:
-    """Run what is missing of an experiment, with a line to `report` for each step, and write OUT/NAME.json.
+    """Run what is missing of an experiment, with a line to `report` for each step, and write OUT/NAME.json and .md.
 
     Returns the results, and a message for each run that failed; the others keep their results.
 
@@ -34,6 +36,10 @@ def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[s
         UserError: When the output folder holds runs with other settings or is in use.
     """
     find_script(plan.script)
+    failures: list[str] = []
+    if plan.trials:
+        failures += reproduce(plan.trials, report)[1]
+        plan.lay_out()
     for run in plan.runs:
         run.check_settings()
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +49,6 @@ def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[s
     except Timeout:
         raise UserError(f'another reproduce, or a training that it started, is at work in {plan.out}: wait for it, or '
                         'choose another --out.') from None
-    failures = []
     with held:
         if plan.folds:
             write_folds(plan.data_dir, plan.folds, plan.parts_dir, plan.dataset['sha256'])
@@ -68,7 +73,9 @@ def reproduce(plan: Plan, report: Callable[[str], None] = print) -> tuple[dict[s
                 step.close()
             results = collect(plan)
             write_json(plan.out / f'{plan.name}.json', results)
-    draw(plan.out / f'{plan.name}.png', results)
+    pictures = [f'![{path.stem}]({path.name})' for path in draw(plan, results)]
+    with replacing(plan.out / f'{plan.name}.md') as path:
+        path.write_text('\n\n'.join([results_markdown(results), *pictures]) + '\n', encoding='utf-8')
     return results, failures
 
 
@@ -81,8 +88,11 @@ def _train_and_measure(run: Run, lock: FileLock, report: Callable[[str], None]) 
     info = pack(run.last.parent if run.plan.val_split else run.last, packed)  # the best epoch, where one is validated
     write_json(run.report / 'checkpoint.json', {'epoch': int(info['epoch']) + 1, 'ema': info['ema']})
     # At the image size and with the preprocessing of its training, which the packed folder holds.
+    model = f'local-dir:{packed}'
+    if run.features:
+        write_features(load_model(model, inference=True), run)
     metrics, _ = evaluate_folder(
-        f'local-dir:{packed}', run.measured_dir, run.report, split=run.plan.split, workers=0, progress=False)
+        model, run.measured_dir, run.report, split=run.plan.split, workers=0, progress=False)
     report(f"{run.title}: accuracy {100 * metrics['accuracy']:.1f} on {run.plan.split}")
 
 

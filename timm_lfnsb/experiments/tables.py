@@ -12,6 +12,7 @@ from ..evaluate.figures import confusion_figure, loss_curves_figure
 from ..train.history import read_curve
 from ..util.files import read_json
 from ..util.text import markdown_table
+from .losses import COLUMNS, compare_losses, draw_losses, loss_cells, losses_notes, run_distances, trial_results
 from .plan import EXPERIMENTS, Plan, Run
 
 METRICS = ('accuracy', 'balanced_accuracy', 'macro_f1', 'ece')
@@ -23,9 +24,12 @@ PAPER = read_json(RESULTS_DIR / 'paper.json')
 def collect(plan: Plan) -> dict[str, Any]:
     """Gather the results of the finished runs of an experiment."""
     paper, rows = PAPER.get(plan.experiment, {}), []
+    tests = compare_losses(plan) if plan.experiment == 'losses' else {}
     for row in plan.rows:
         seeds = [_measurement(run) for run in plan.runs if run.row == row and run.is_finished]
-        figures = {**_mean_and_std(seeds), 'paper': paper.get(row.name), 'seeds': seeds}
+        printed = paper.get(row.name) or paper.get(row.loss.kind if row.loss else '')
+        figures = {**_mean_and_std(seeds), 'paper': printed, 'seeds': seeds}
+        figures |= {'against_baseline': tests[row.name]} if row.name in tests else {}
         rows.append({'name': row.name, 'options': row.flags, **figures})
     done = [seed for row in rows for seed in row['seeds']]
 
@@ -57,6 +61,8 @@ def collect(plan: Plan) -> dict[str, Any]:
         results['summary'] = [
             {'name': name, **figures, 'paper': paper[name]}
             for name, figures in (('mean of the folds', _mean_and_std(means)), ('best fold', best))]
+    if plan.trials:
+        results['trials'] = trial_results(plan)
     return results
 
 
@@ -65,7 +71,8 @@ def _measurement(run: Run) -> dict[str, Any]:
     keys = [*METRICS, 'count', *(['confusion', 'label_names'] if run.plan.experiment == 'figure6' else [])]
     return {
         'seed': run.seed, **{key: metrics[key] for key in keys}, **read_json(run.report / 'checkpoint.json'),
-        **read_json(run.folder / 'trained.json'), **({'curve': read_curve(run.last.parent)} if curve else {})}
+        **read_json(run.folder / 'trained.json'), **({'curve': read_curve(run.last.parent)} if curve else {}),
+        **({'distances': run_distances(run)} if run.features else {})}
 
 
 def _mean_and_std(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,14 +83,20 @@ def _mean_and_std(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw(path: Path, results: Mapping[str, Any]) -> None:
-    """Draw an experiment that is a figure, once it has a row."""
+def draw(plan: Plan, results: Mapping[str, Any]) -> list[Path]:
+    """Draw an experiment that has pictures, once it has a row; returns their paths."""
     rows = [row for row in results['rows'] if row['seeds']]
-    if rows and results['experiment'] == 'figure5':
+    path = plan.out / f'{plan.name}.png'
+    if plan.experiment == 'losses':
+        return draw_losses(plan, results)
+    if rows and plan.experiment == 'figure5':
         loss_curves_figure({row['name']: [seed['curve'] for seed in row['seeds']] for row in rows}).savefig(path)
-    elif rows and results['experiment'] == 'figure6':
+        return [path]
+    if rows and plan.experiment == 'figure6':
         seed = rows[0]['seeds'][0]
         confusion_figure(seed['confusion'], seed['label_names']).savefig(path)
+        return [path]
+    return []
 
 
 def committed_results() -> list[Path]:
@@ -102,7 +115,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def results_markdown(results: Mapping[str, Any]) -> str:
     """The results as a Markdown section: heading, table, and what it was made with."""
-    rows = []
+    rows, compares = [], results['experiment'] == 'losses'
     for row in [*results['rows'], *results.get('summary', [])]:
         cells = ['-'] * 3
         if row['mean']:
@@ -110,9 +123,11 @@ def results_markdown(results: Mapping[str, Any]) -> str:
             cells = [f"{100 * row['mean'][key]:.2f}{std.get(key, '')}" for key in METRICS[:3]]
         if 'seeds' in row and len(row['seeds']) < results['seeds']:
             cells[0] += f" ({len(row['seeds'])} of {results['seeds']} runs)"
-        rows.append([row['name'], *cells, row['paper'] or '-'])
-    table = markdown_table(['', 'accuracy', 'balanced accuracy', 'macro F1', "the paper's accuracy"], rows)
-    return f"### {results['title']}\n\n{table}\n\n{_caption(results)}"
+        rows.append([row['name'], *cells, *(loss_cells(row) if compares else []), row['paper'] or '-'])
+    columns = COLUMNS if compares else ()
+    table = markdown_table(['', 'accuracy', 'balanced accuracy', 'macro F1', *columns, "the paper's accuracy"], rows)
+    parts = [f"### {results['title']}", table, _caption(results), *([losses_notes(results)] if compares else [])]
+    return '\n\n'.join(parts)
 
 
 def _caption(results: Mapping[str, Any]) -> str:
@@ -133,7 +148,10 @@ def _caption(results: Mapping[str, Any]) -> str:
         'The split that chose the epoch also measures it, which flatters all rows a little.':
             not last and measured['split'] == measured['checkpoint_split'],
         'Not complete.': not results['complete'],
-        'A trial of the commands on few images: no conclusion can be drawn from it.': data['subset'],
+        'The split that chose the weights also measures them, which flatters the losses beside cross entropy.':
+            results.get('trials') and results['trials']['split'] == measured['split'],
+        'A trial of the commands on few images: no conclusion can be drawn from it.': data['subset'] and seeds == 1,
+        'Few images: with all of them the rows may come out in another order.': data['subset'] and seeds > 1,
         'One seed: differences between the rows may be chance.': few,
         "The paper's figures are for its own data sets.": True,
     }

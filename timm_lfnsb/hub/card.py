@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _render(
                 ['', *(f'{name}, {metrics["count"]:,} faces' for name, metrics in splits.items())],
                 [[people, *(_figure(metrics, key) for metrics in splits.values())]
                  for key, (_, people) in FIGURES.items()]),
-            class_table=_classes(main))
+            class_table=_classes(main), groups_table=_groups(main.get('groups')))
     tags = ['facial-expression-recognition', 'emotion-recognition'] if faces else []
     card = ModelCard.from_template(
         ModelCardData(
@@ -154,7 +154,7 @@ def _render(
     return f'{str(card).strip()}\n'
 
 
-def _figure(figures: dict[str, Any], key: str) -> str:
+def _figure(figures: Mapping[str, Any], key: str) -> str:
     """A figure with its interval, where it has one; '-' where there is none, as of a class without faces."""
     value, bounds = figures[key], figures.get(f'{key}_interval')
     return '-' if value is None else f'{value:.3f}' + (f' [{bounds[0]:.3f}, {bounds[1]:.3f}]' if bounds else '')
@@ -171,6 +171,15 @@ def _classes(metrics: dict[str, Any]) -> str:
             _figure(figures, 'recall'), _figure(figures, 'f1'),
             f'{names[wrong.index(max(wrong))]} ({max(wrong)})' if max(wrong) else '-'])
     return markdown_table(['class', 'faces', 'precision', 'recall', 'F1', 'mostly mistaken for'], rows)
+
+
+def _groups(measured: dict[str, Any] | None) -> str:
+    """Figures by group and the largest gaps, '' where nothing was measured by group."""
+    if not measured:
+        return ''
+    from ..evaluate.groups import group_rows
+    return markdown_table(['by', 'group', 'faces', *(people for _, people in FIGURES.values())],
+                          group_rows(measured, _figure))
 
 
 def _robustness(measured: Iterable[dict[str, Any]]) -> str:

@@ -11,19 +11,17 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-import timm
 from huggingface_hub import HfApi, ModelCard
-from timm.models import save_for_hf
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..labels import model_label_names
 from ..models.loading import load_model
 from ..util.files import file_sha256
 from ..version import __version__
 from ..weights.fetch import describe_error
-from ..weights.names import WEIGHTS_DIR, embedded_weights, hub_id
+from ..weights.names import embedded_weights, hub_id, weights_info
 from .card import render_card, render_card_for_folder
-from .ship import checked_info
+from .ship import write_embedded
 
 # What may be published: neither pickles nor code, which readers of a repository might run, nor pictures of data.
 _PUBLISHED = ('.safetensors', '.json', '.md', '.txt', '.yaml', '.yml', '.onnx', 'LICENSE', 'NOTICE')
@@ -52,7 +50,8 @@ def push(
         UserError: When the source is no complete, sound model folder, or the Hub does not take it.
     """
     if not repo_id and source not in embedded_weights():
-        raise UserError(f'{source} needs a repository to go to: name one with --repo-id ORG/NAME.')
+        raise UserError(f'{source}{did_you_mean(source, embedded_weights())} needs a repository to go to: name one '
+                        'with --repo-id ORG/NAME.')
     repo_id = repo_id or hub_id(source)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise UserError(f"'{repo_id}' is no name of a Hub repository: it must be ORG/NAME.")
@@ -89,15 +88,11 @@ def staged(
         if Path(source).is_dir():
             _copy_folder(Path(source), folder)
         elif source in embedded_weights():
-            info = checked_info(source)
-            save_for_hf(
-                timm.create_model(source), temporary, model_config={'label_names': info['label_names']},
-                safe_serialization=True)
-            # The very file, whose SHA-256 readers check.
-            shutil.copyfile(WEIGHTS_DIR / f'{source}.safetensors', folder / 'model.safetensors')
-            card.write_text(render_card(info, repo_id), encoding='utf-8')
+            write_embedded(source, folder)
+            card.write_text(render_card(weights_info(source), repo_id), encoding='utf-8')
         else:
-            raise UserError(f'{source} is neither a folder nor the name of embedded weights '
+            raise UserError(f'{source} is neither a folder nor the name of embedded weights'
+                            f'{did_you_mean(source, embedded_weights())} '
                             f"({', '.join(embedded_weights())}).")
         if not card.is_file():
             card.write_text(render_card_for_folder(source, repo_id, metrics, license), encoding='utf-8')

@@ -2,13 +2,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
+from timm.models import save_for_hf
+
 from ..checkpoints.pack import pack
+from ..checkpoints.rebalance import rebalance
 from ..data.prepare import read_description
 from ..errors import UserError
 from ..models.loading import load_model
@@ -159,3 +164,39 @@ def ship(
         os.replace(half / 'model.safetensors', WEIGHTS_DIR / f'{name}.safetensors')
         write_json(WEIGHTS_DIR / f'{name}.json', info)
     return info
+
+
+def ship_rebalanced(
+        name: str, base: str, data_dir: Path, robustness: Sequence[str] | None = None, notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Store embedded weights once more under another name, with the prior out of their bias, see `rebalance`.
+
+    Args:
+        name: 'ARCH.TAG' of the new weights; it must be entered in `timm_lfnsb.weights.names`, too.
+        base: Embedded weights.
+        data_dir, robustness: See `measure`.
+        notes: Sentences for the card, behind those of the base.
+
+    Raises:
+        UserError: When the base is not there or damaged, or the data folder is not one of `prepare`.
+    """
+    info = checked_info(base)
+    with tempfile.TemporaryDirectory(dir=WEIGHTS_DIR) as temporary:
+        plain, corrected = Path(temporary) / 'plain', Path(temporary) / 'corrected'
+        write_embedded(base, plain)
+        info |= {
+            'model': name, 'base': base, 'prior_correction': rebalance(plain, corrected, data_dir),
+            'sha256': file_sha256(corrected / 'model.safetensors'), 'notes': [*info['notes'], *notes],
+            'data': read_description(data_dir), 'commit': git_commit(),
+            **measure(f'local-dir:{corrected}', data_dir, robustness)}
+        os.replace(corrected / 'model.safetensors', WEIGHTS_DIR / f'{name}.safetensors')
+        write_json(WEIGHTS_DIR / f'{name}.json', info)
+    return info
+
+
+def write_embedded(name: str, folder: Path) -> None:
+    """Write embedded weights as a timm folder, with the very file whose SHA-256 is known."""
+    save_for_hf(
+        timm.create_model(name), str(folder), model_config={'label_names': checked_info(name)['label_names']},
+        safe_serialization=True)
+    shutil.copyfile(WEIGHTS_DIR / f'{name}.safetensors', folder / 'model.safetensors')

@@ -6,9 +6,10 @@ https://doi.org/10.20944/preprints202408.1304.v1, equations (3) to (6).
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 
-VARIANTS: tuple[str, ...] = ('reference', 'intended', 'paper')
+from .base import FeatureLoss
+
+VARIANTS: tuple[str, ...] = ('reference', 'intended', 'paper', 'margin')
 
 # Length under which a centered vector counts as having no direction; keeps the gradient of a constant one bounded.
 _EPS_NORM = 1e-4
@@ -31,7 +32,7 @@ def adjusted_cosine_distance(features: torch.Tensor, centers: torch.Tensor) -> t
     return 1 - direction(features) @ direction(centers).t()
 
 
-class CosineHarmonyLoss(nn.Module):
+class CosineHarmonyLoss(FeatureLoss):
     r"""Cosine-Harmony loss over class centers.
 
     With the adjusted cosine distance d_ij between feature i and center j, and targets p_ij (one-hot, or soft):
@@ -48,10 +49,14 @@ class CosineHarmonyLoss(nn.Module):
       near their own center and far from the others. var is biased.
     * ``'paper'``: alpha * intra / var + (1 - alpha) * inter. Equation (6) as printed; minimising it pulls features
       toward wrong centers. var is biased.
+    * ``'margin'``: alpha * intra + (1 - alpha) * (missed + alike). Ours: what the paper wants and its formulas do not
+      do. missed = mean_i sum_j p_ij max(0, margin + d_ij - min_(k != j) d_ik) is 0 once each feature is nearer to its
+      own center than to the nearest wrong one by the margin; alike = mean over pairs of centers of max(0, correlation)
+      is 0 once no two centers point the same way. Least value 0, where features lie on centers without correlation.
 
-    The last two drive the features of all classes into one direction: opposite to all centers ('intended': the pull to
-    a feature's own is divided by the variance, which grows meanwhile), or that of all centers ('paper'). With
-    'reference' only the classification loss holds learned centers apart. In a batch of one intra is not divided.
+    'intended' and 'paper' drive the features of all classes into one direction: opposite to all centers ('intended':
+    the pull to a feature's own is divided by the variance, which grows meanwhile), or that of all centers ('paper').
+    With 'reference' only the classification loss holds learned centers apart. In a batch of one intra is not divided.
 
     Args:
         num_classes: Number of classes C, at least 2.
@@ -59,6 +64,7 @@ class CosineHarmonyLoss(nn.Module):
         alpha: Balance of the two terms, in [0, 1].
         variant: One of the above.
         learn_centers: Centers are a parameter; else a buffer that keeps its random values, as in the authors' scripts.
+        margin: Of variant 'margin', in (0, 1].
 
     Shape:
         features (N, D), computed in float32 at least; target (N,) class indices, or (N, C) probabilities as mixup makes
@@ -70,56 +76,40 @@ class CosineHarmonyLoss(nn.Module):
 
     def __init__(
             self, num_classes: int, feat_dim: int, alpha: float = 0.1, variant: str = 'reference',
-            learn_centers: bool = True):
-        super().__init__()
-        if min(num_classes, feat_dim) < 2:
-            raise ValueError('CosineHarmonyLoss needs at least 2 classes and 2 values of a feature, got '
-                             f'{num_classes} and {feat_dim}.')
+            learn_centers: bool = True, margin: float = 0.5):
+        super().__init__(num_classes, feat_dim, learn_centers)
         if not 0 <= alpha <= 1:
             raise ValueError(f'CosineHarmonyLoss needs alpha in [0, 1], got {alpha}.')
         if variant not in VARIANTS:
             raise ValueError(f'Unknown CosineHarmonyLoss variant {variant!r}, choose one of {", ".join(VARIANTS)}.')
-        self.num_classes = num_classes
-        self.feat_dim = feat_dim
+        if not 0 < margin <= 1:
+            raise ValueError(f'CosineHarmonyLoss needs margin in (0, 1], got {margin}.')
         self.alpha = alpha
         self.variant = variant
-        centers = torch.randn(num_classes, feat_dim)
-        if learn_centers:
-            self.centers = nn.Parameter(centers)
+        self.margin = margin
+
+    def compute(self, features: torch.Tensor, prob: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        distance = adjusted_cosine_distance(features, centers)
+        intra = (prob * distance).sum(dim=1).mean()
+        if self.variant == 'margin':
+            return self.alpha * intra + (1 - self.alpha) * self._margin_terms(distance, prob, centers)
+        compactness = intra
+        if features.shape[0] > 1:
+            var = features.var(dim=0, unbiased=self.variant == 'reference').sum()
+            compactness = intra / var.clamp_min(_EPS_VAR)
+
+        if self.variant == 'reference':
+            separation = intra / (self.num_classes - 1)
         else:
-            self.register_buffer('centers', centers)
+            inter = ((1 - prob) * distance).sum(dim=1).mean() / (self.num_classes - 1)
+            separation = inter if self.variant == 'paper' else 2 - inter
+        return self.alpha * compactness + (1 - self.alpha) * separation
 
-    def _target_probabilities(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        soft = target.is_floating_point()
-        expected = (len(features), self.num_classes) if soft else (len(features),)
-        if features.shape != (max(1, len(features)), self.feat_dim) or target.shape != expected:
-            raise ValueError(
-                f'CosineHarmonyLoss expects features of shape (N, {self.feat_dim}) and targets of shape '
-                f'(N,) or (N, {self.num_classes}), got {tuple(features.shape)} and {tuple(target.shape)}.')
-        if soft:
-            return target.to(features.dtype)
-        # Reading values would break the graph of torch.compile.
-        if not torch.compiler.is_compiling() and not ((target >= 0) & (target < self.num_classes)).all():
-            raise ValueError(f'CosineHarmonyLoss has classes 0 to {self.num_classes - 1}, got labels from '
-                             f'{target.min()} to {target.max()}.')
-        classes = torch.arange(self.num_classes, device=target.device)
-        return (target[:, None] == classes).to(features.dtype)
-
-    def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            prob = self._target_probabilities(features, target)
-            distance = adjusted_cosine_distance(features, self.centers.to(features.dtype))
-
-            intra = (prob * distance).sum(dim=1).mean()
-            compactness = intra
-            if features.shape[0] > 1:
-                var = features.var(dim=0, unbiased=self.variant == 'reference').sum()
-                compactness = intra / var.clamp_min(_EPS_VAR)
-
-            if self.variant == 'reference':
-                separation = intra / (self.num_classes - 1)
-            else:
-                inter = ((1 - prob) * distance).sum(dim=1).mean() / (self.num_classes - 1)
-                separation = inter if self.variant == 'paper' else 2 - inter
-            return self.alpha * compactness + (1 - self.alpha) * separation
+    def _margin_terms(self, distance: torch.Tensor, prob: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        """How far features miss the margin to the nearest wrong center, and how far centers point the same way."""
+        own = torch.eye(self.num_classes, dtype=torch.bool, device=distance.device)
+        # (N, C): for each class as the right one, the nearest of the others
+        nearest = distance[:, None].expand(-1, self.num_classes, -1).masked_fill(own, torch.inf).amin(dim=2)
+        missed = (prob * (self.margin + distance - nearest).relu()).sum(dim=1).mean()
+        alike = (1 - adjusted_cosine_distance(centers, centers)).relu().masked_fill(own, 0)
+        return missed + alike.sum() / (self.num_classes * (self.num_classes - 1))

@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models import clean_state_dict
 from torch import nn
+
+from ..errors import UserError
 
 # Their prefix, with numbers or names -> ours; a second group counts the blocks of a stage after the one of stride 2.
 _PREFIXES: tuple[tuple[str, str], ...] = (
@@ -48,7 +51,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Unwrap a checkpoint, and rename the keys of the authors' released code (dead ones dropped).
 
     Raises:
-        RuntimeError: When, the classifier aside, its keys are not the model's. timm loads leniently as soon as class
+        UserError: When, the classifier aside, its keys are not the model's. timm loads leniently as soon as class
             counts differ, and would leave what is missing at random values.
     """
     for wrapper in ('model_state_dict', 'state_dict'):
@@ -57,11 +60,31 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     given, wanted = (
         {key for key in keys if not key.startswith('fc.') and not key.endswith('.num_batches_tracked')}
         for keys in (state_dict, model.state_dict()))
-    missing, foreign = sorted(wanted - given), sorted(given - wanted)
-    if missing or foreign:
-        raise RuntimeError(f'The checkpoint is of another network. Missing keys: {len(missing)} {missing[:3]}; '
-                           f'unexpected keys: {len(foreign)} {foreign[:3]}.')
+    _refuse(sorted(wanted - given), sorted(given - wanted))
     return state_dict
+
+
+def take_features(features: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Turn a whole network's state dict, in place, into that of timm's `features_only` network: a hook before loading.
+
+    Raises:
+        UserError: When it lacks something of that network.
+    """
+    wanted = features.state_dict().keys()
+    # Such networks have it whole under a name, or without its head and with stages_0 in place of stages.0.
+    renamed = {
+        name: value for key, value in clean_state_dict(state_dict).items()
+        for name in (key, f'model.{key}', f'graph_module.{key}', re.sub(r'^(stem|stages)\.', r'\1_', key))
+        if name in wanted}
+    _refuse(sorted(key for key in wanted - renamed.keys() if not key.endswith('.num_batches_tracked')), [])
+    state_dict.clear()
+    state_dict.update(renamed)
+
+
+def _refuse(missing: Sequence[str], foreign: Sequence[str]) -> None:
+    if missing or foreign:
+        raise UserError(f'The checkpoint is of another network. Missing keys: {len(missing)} {missing[:3]}; '
+                        f'unexpected keys: {len(foreign)} {foreign[:3]}.')
 
 
 def rename_keys(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 
 from ..errors import one_sentence
+from .names import check_model_name
 
 # Parameters and "FLOPs" in millions, as Table 2 of the paper prints them.
 PAPER_TABLE_2: dict[str, tuple[float, float]] = {
@@ -54,6 +55,7 @@ def count_model(name: str, model: Any = None, **kwargs: Any) -> Count:
         UserError: When there is no such model.
     """
     if model is None:
+        check_model_name(name)
         with one_sentence(f'cannot create the model {name}'):
             model = timm.create_model(name, pretrained=False, **kwargs)
     model = model.eval()

@@ -21,8 +21,8 @@ def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:
     if not torch.jit.is_scripting():
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             # TorchScript's exporter does not know memory formats. It writes sizes into the graph as numbers (see
-            # `spatial_size`): so this refuses images of other sizes.
-            return x.reshape(x.shape[0], *[int(size) for size in x.shape[1:]])
+            # `spatial_size`): so this refuses images of other sizes, also of as many pixels.
+            return x.expand(x.shape[0], *[int(size) for size in x.shape[1:]])
     if x.device.type == 'cpu':
         x = x.contiguous(memory_format=torch.channels_last)
     return x

@@ -5,6 +5,8 @@ into the layer before it, in place. timm calls `fuse` or `reparameterize` of eve
 and goes on into the child it had before `fuse` was called: a module that `fuse` returns must be complete.
 """
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from timm.models.repvit import RepVggDw as TimmRepVggDw
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..errors import UserError
 from .cpu import apply_gates, channels_last_on_cpu, prelu, strip_means
 
 # For fx these are single operators: it cannot follow what they choose by, and knows them only by their names here.
@@ -69,6 +72,11 @@ class StemConv(ConvNormAct):
         return channels_last_on_cpu(x)  # one grey channel is in both orders at once, and the convolution took NCHW
 
 
+def _pixels(kernel_size: Sequence[int]) -> str:
+    """Size of the images whose final map, or its rows or columns, a kernel covers."""
+    return ' x '.join(str(16 * side) for side in kernel_size if side > 1) or '16'
+
+
 class GDConv(ConvNormAct):
     """Linear depthwise convolution (GDConv) over whole maps, rows or columns, and batch norm.
 
@@ -78,12 +86,22 @@ class GDConv(ConvNormAct):
     def __init__(self, chs: int, kernel_size: tuple[int, int], device=None, dtype=None):
         super().__init__(chs, chs, kernel_size, groups=chs, act=False, device=device, dtype=dtype)
         self.height, self.width = kernel_size
+        self.size_error = (f'the head is built for images of {_pixels(kernel_size)} pixels: resize them to it, pass '
+                           'img_size to create_model, or take lfnsb, which takes any size.')
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(f'{prefix}conv.weight')
+        if given is not None and given.shape[2:] != (self.height, self.width):
+            raise UserError(
+                f'the weights are for images of {_pixels(given.shape[2:])} pixels and the network for '
+                f'{_pixels((self.height, self.width))}, but its head has a weight for each place: leave img_size out, '
+                'or take lfnsb, whose weights serve images of any size.')
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # It has a weight for each position: say so rather than let shapes clash further on.
-        message = 'the head is built for another image size than this: pass img_size to create_model.'
-        torch._assert(self.height == 1 or x.shape[-2] == self.height, message)
-        torch._assert(self.width == 1 or x.shape[-1] == self.width, message)
+        torch._assert(self.height == 1 or x.shape[-2] == self.height, self.size_error)
+        torch._assert(self.width == 1 or x.shape[-1] == self.width, self.size_error)
         for module in self:
             x = module(x)
         return x

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import one_sentence
 from ..weights.fetch import fetch_model, fetch_weights
 from ..weights.names import HUB_ORG, HUB_REVISIONS
+from .names import check_model_name
 from .networks import MixedFeatureNet
 
 
@@ -40,6 +41,7 @@ def load_model(name: str, inference: bool = False, cache_dir: str | Path | None 
 def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
     prefix, _, model_id = name.partition(':')
     if prefix.lower() not in ('hf-hub', 'hf_hub'):
+        check_model_name(name)
         return timm.create_model(name, pretrained=True, cache_dir=cache_dir)
     repo_id, _, revision = model_id.partition('@')
     org, _, weights = repo_id.partition('/')
@@ -51,13 +53,13 @@ def _create_model(name: str, cache_dir: str | Path | None) -> nn.Module:
 
 
 def to_device(model: nn.Module, device: str | torch.device = 'auto') -> nn.Module:
-    """Move a model to a torch device; 'auto' is CUDA where there is one, else the CPU.
+    """Move a model to a torch device; 'auto' is CUDA where there is one, else Apple's MPS, else the CPU.
 
     Raises:
         UserError: When there is no such device.
     """
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     with one_sentence(f"cannot use the device '{device}'"):
         model = model.to(device)
     return model

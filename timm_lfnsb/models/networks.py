@@ -30,9 +30,10 @@ from timm.models._features import feature_take_indices
 from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..weights.fetch import prefer_hub
 from ..weights.names import HUB_REVISIONS, WEIGHTS_DIR, hub_id
-from .checkpoint_keys import checkpoint_filter_fn
+from .checkpoint_keys import checkpoint_filter_fn, take_features
 from .cpu import FusedBottleneck, spatial_size
 from .layers import ConvNormAct, CoordAttn, DirectionAttention, GDConv, Mix, MixConv, RepVggDw, StemConv, fold_norm
+from .names import check_model_name
 
 __all__ = ['MixedFeatureNet']
 
@@ -372,14 +373,19 @@ _MOBILEFACENET_STAGES = (
 
 
 def _create_network(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args: Any) -> MixedFeatureNet:
+    if isinstance(tag := kwargs.get('pretrained_cfg'), str):
+        check_model_name(f'{variant}.{tag}')
     if pretrained:
         kwargs = prefer_hub(variant, kwargs)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         MixedFeatureNet, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **{**model_args, **kwargs},
     )
+    if kwargs.get('features_only'):  # what timm's checkpoint_path loads after this
+        model.register_load_state_dict_pre_hook(take_features)
+    return model
 
 
 @register_model

@@ -31,8 +31,10 @@ FERPLUS_TEMPLATE = 112 * np.array([(0.31, 0.39), (0.68, 0.39), (0.49, 0.60), (0.
 """The same points where they lie on average in the frames of FER+, which show more of the head."""
 
 YUNET = Path(__file__).with_name('face_detection_yunet_2023mar.onnx')
-YUNET_SIDES = 320, 1024
-"""Longest sides at which a picture is searched: faces that fill a large input are not seen, nor tiny ones at 320."""
+YUNET_SIDES = 320, 1024, 2048
+"""Longest sides at which a picture is searched: faces that fill a large input are not seen, nor tiny ones at 320. The
+last only where a face of less than `SMALL_FACE` pixels at 1024 is found: of others like it many are not."""
+SMALL_FACE = 30
 UPRIGHT_SCORE = 0.88
 """Below this score of its best face a picture is searched in the other turns, too; see `YuNetDetector`."""
 TURNED_SCORE = 0.85
@@ -95,8 +97,13 @@ class YuNetDetector:
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """The faces of a uint8 RGB array (H, W, 3), largest first, then from the top and the left."""
         height, width = image.shape[:2]
-        small = _resized(image, min(1., YUNET_SIDES[1] / max(height, width)))
+        longest = max(height, width)
+        small = _resized(image, min(1., YUNET_SIDES[1] / longest))
         views = {0: self._search(small)}
+        if longest > YUNET_SIDES[1] and (views[0][:, 3] < SMALL_FACE).any():
+            larger = _resized(image, min(1., YUNET_SIDES[2] / longest))
+            views[0] = self._search(larger)
+            views[0][:, :14] *= np.tile((small.shape[1] / larger.shape[1], small.shape[0] / larger.shape[0]), 7)
         # It sees faces that lie or stand on their heads, too, but less surely, and takes them for upright ones.
         if self.turn and _best(views[0]) < UPRIGHT_SCORE:
             views |= {90 * quarters: self._search(np.rot90(small, quarters)) for quarters in (1, 2, 3)}
@@ -121,7 +128,7 @@ class YuNetDetector:
         """Rows (N, 15) of x, y, width, height, five points and the score, the best first, in pixels of the image."""
         network, rows = self._network(), [np.empty((0, 15))]
         longest = max(image.shape[:2])
-        for side in sorted({YUNET_SIDES[0], max(YUNET_SIDES[0], longest)}):
+        for side in sorted({min(side, max(YUNET_SIDES[0], longest)) for side in YUNET_SIDES}):
             resized = _resized(image, side / longest)
             height, width = resized.shape[:2]
             padding = 0, max(0, MIN_INPUT - height), 0, max(0, MIN_INPUT - width)

@@ -19,17 +19,21 @@ with suppress(ImportError):
 
 ImageInput: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
 
-IMAGE_SUFFIXES = frozenset(
-    '.apng .avif .bmp .cr2 .cr3 .dng .arw .gif .heic .heif .hif .j2k .jfif .jp2 .jpe .jpeg .jpg .jxl .nef .orf .pbm '
-    '.pcx .pgm .png .pnm .ppm .psd .raf .rw2 .tga .tif .tiff .webp'.split())
+_RAW = '.3fr .arw .cr2 .cr3 .dcr .dng .erf .iiq .kdc .mrw .nef .nrw .orf .pef .raf .rw2 .rwl .srw .x3f'.split()
+
+IMAGE_SUFFIXES = frozenset(_RAW).union(
+    '.apng .avif .avifs .bmp .dds .dib .eps .exr .gif .heic .heics .heif .heifs .hif .icns .ico .j2c .j2k .jfif .jp2 '
+    '.jpc .jpe .jpeg .jpf .jpg .jpx .jxl .mpo .pbm .pcx .pgm .png .pnm .ppm .psd .qoi .sgi .svg .tga .tif .tiff .webp '
+    '.xbm .xpm'.split())
 """What counts as an image when a folder is searched, whether it can be read or not."""
 
 _ADVICE = {
-    **dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif reads HEIC'),
-    '.avif': 'pip install -U pillow reads AVIF, from release 11.3 on',
-    '.jxl': 'save it as JPEG or PNG first',
-    **dict.fromkeys('.arw .cr2 .cr3 .dng .nef .orf .raf .rw2'.split(), 'develop the raw file into a JPEG first'),
+    **dict.fromkeys(('.heic', '.heics', '.heif', '.heifs', '.hif'), 'pip install pillow-heif reads HEIC'),
+    **dict.fromkeys(('.avif', '.avifs'), 'pip install -U pillow reads AVIF, from release 11.3 on'),
+    **dict.fromkeys(('.exr', '.jxl', '.svg'), 'save it as JPEG or PNG first'),
+    **dict.fromkeys(_RAW, 'develop the raw file into a JPEG first'),
 }
+"""Suffix -> what to do about a file of a format that Pillow does not read, as it is installed."""
 
 
 class ImageError(UserError):
@@ -71,7 +75,8 @@ def read_image(source: ImageInput, name: str = '') -> np.ndarray:
     except FileNotFoundError as error:
         raise ImageError(f'{name}: no such file.') from error
     except Image.UnidentifiedImageError as error:
-        advice = _ADVICE.get(Path(path).suffix.lower(), '')
+        suffix = Path(path).suffix.lower()
+        advice = '' if suffix in Image.registered_extensions() else _ADVICE.get(suffix, '')
         raise ImageError(f"{name}: not an image, or damaged{'; ' if advice else ''}{advice}.") from error
     except Exception as error:  # every decoder has its own, many only when the data are read
         raise ImageError(f"{name}: cannot be read as an image ({reason(error).rstrip('.')}).") from error

@@ -77,6 +77,9 @@ class ExpressionRecognizer:
         >>> for face in recognize('photo.jpg'):
         ...     print(face.box, face.label, face.score)
 
+    May be shared by threads, copied, pickled, and used in spawned processes and workers of a `DataLoader` that spawns.
+    A process forked after the first use hangs, as with any torch model: threads of OpenMP do not survive a fork.
+
     Args:
         model: A name for `load_model`; or a timm model with its weights and `label_names` in its `pretrained_cfg`,
             which is moved to the device and put into eval mode; or a file that `timm-lfnsb export` wrote.
@@ -90,7 +93,7 @@ class ExpressionRecognizer:
         batch_size: Number of faces that go through the network together.
         workers: Threads that read images and search them beside the network, 0 for none; by default one a core, at
             most four.
-        device: A torch device, or 'auto' for CUDA where there is one, else the CPU. Exported files take the CPU only.
+        device: A torch device, or 'auto' for CUDA, else Apple's MPS, else the CPU. Exported files take the CPU only.
 
     Raises:
         ValueError: When an argument is out of range, or the model has no label names or other than 1 or 3 channels.
@@ -134,11 +137,12 @@ class ExpressionRecognizer:
             self.label_names = model_label_names(model)
             to_device(model, device).eval()
             config = input_config(model)
+        self.input_config = config
         chans = config['input_size'][0]
         if chans not in (1, 3):
             raise ValueError(f'the model takes {chans} channels: only grey (1) and RGB (3) models see photographs.')
-        self._mode = 'RGB' if chans == 3 else 'L'
-        self._transform = create_transform(**config, is_training=False)
+        self.mode = 'RGB' if chans == 3 else 'L'
+        self.transform = create_transform(**config, is_training=False)
 
     @overload
     def __call__(self, images: ImageInput) -> list[Face]: ...
@@ -165,8 +169,8 @@ class ExpressionRecognizer:
     def stream(self, images: Iterable[ImageInput]) -> Iterator[list[Face] | ImageError]:
         """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be used.
 
-        `batch_size` images or faces at a time, as crops. Workers are two images each ahead: `workers=0` and
-        `batch_size=1` where each result is wanted before the next image is there.
+        `batch_size` images or faces at a time, as crops. Workers are a batch and two images each ahead: `workers=0`
+        and `batch_size=1` where each result is wanted before the next image is there.
         """
         pending: list[list[dict[str, Any]] | ImageError] = []
         crops: list[torch.Tensor] = []
@@ -228,10 +232,11 @@ class ExpressionRecognizer:
             return self._find(*read) if ours else read
 
         numbered, queue = enumerate(images, 1), deque[Future[Any]]()
+        ahead = self.batch_size + 2 * self.workers  # enough to do while the network has a batch
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 while True:
-                    for number, source in islice(numbered, 2 * self.workers - len(queue)):
+                    for number, source in islice(numbered, ahead - len(queue)):
                         # All but files is read here, and copied: it may be shared, or written over for the next image.
                         here = not isinstance(source, (str, PathLike, bytes))
                         queue.append(pool.submit(work, number, source, self._read(number, source) if here else None))
@@ -296,14 +301,14 @@ class ExpressionRecognizer:
             crop = crop_upright(image, box, points, self.margin)
         else:
             crop = np.rot90(crop_face(image, box, self.margin), turn // 90)
-        return place, self._transform(Image.fromarray(crop).convert(self._mode))
+        return place, self.transform(Image.fromarray(crop).convert(self.mode))
 
     def _recognize(
             self, pending: list[list[dict[str, Any]] | ImageError], crops: list[torch.Tensor],
     ) -> list[list[Face] | ImageError]:
         """Faces in place of places; `crops` are those of all in order."""
         starts = range(0, len(crops), self.batch_size)
-        scores = (row for i in starts for row in self._scores(torch.stack(crops[i:i + self.batch_size])))
+        scores = (row for i in starts for row in self.scores(torch.stack(crops[i:i + self.batch_size])))
 
         def face(place: dict[str, Any]) -> Face:
             named = dict(zip(self.label_names, next(scores), strict=True))
@@ -313,14 +318,14 @@ class ExpressionRecognizer:
         return [found if isinstance(found, ImageError) else [face(place) for place in found] for found in pending]
 
     @torch.inference_mode()
-    def _scores(self, batch: torch.Tensor) -> list[list[float]]:
-        """Probabilities (N, classes) of a batch of crops."""
+    def scores(self, batch: torch.Tensor) -> list[list[float]]:
+        """Probabilities (N, classes) of a batch of crops, PIL images of `mode` put through `transform` and stacked."""
         if isinstance(self.model, ExportedModel):
             if batch.dtype == torch.uint8:  # files that normalise themselves take (B, H, W, C)
                 batch = batch.permute(0, 2, 3, 1)
             logits = torch.from_numpy(self.model(batch.numpy()))
         else:
-            like = next(self.model.parameters())
+            like = next(self.model.parameters(), torch.empty(0))
             logits = self.model(batch.to(device=like.device, dtype=like.dtype))
         if logits.shape != (len(batch), len(self.label_names)):
             raise UserError(f'the model gives outputs {tuple(logits.shape)} for {len(batch)} face(s) and has '

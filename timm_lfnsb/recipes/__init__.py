@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 
 
 def recipe_names() -> list[str]:
@@ -17,14 +17,19 @@ def recipe_path(name: str) -> Path:
     Raises:
         UserError: When there is no such recipe; the message lists those there are.
     """
-    if name not in recipe_names():
-        raise UserError(f"no recipe {name!r}; there are {', '.join(recipe_names())}.")
+    if name not in (names := recipe_names()):
+        raise UserError(f"no recipe {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}.")
     return Path(__file__).parent / f'{name}.yaml'
 
 
 def recipe_summary(name: str) -> str:
     """First comment line of a recipe."""
     return recipe_path(name).read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+
+
+def class_map_names() -> list[str]:
+    """Names of the class maps in this package."""
+    return sorted(path.name.removesuffix('.classes.txt') for path in Path(__file__).parent.glob('*.classes.txt'))
 
 
 def class_map_path(name: str) -> Path | None:

@@ -16,7 +16,7 @@ from timm.data import create_dataset
 from timm.utils import CheckpointSaver, unwrap_model, update_summary
 
 from ..errors import UserError
-from ..labels import canonical_name
+from ..labels import canonical_name, read_class_map
 from .options import rank
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
     """Label names in the order a run trained them: its class map's, else its data folders', None without them.
 
     Raises:
-        UserError: When the class map is gone (the folders' order would be another one), or its path is a relative one.
+        UserError: When the class map is gone (the folders' order would be another one) or wrong, or its path is a
+            relative one.
     """
     class_map, data_dir = (getattr(args, name, None) or '' for name in ('class_map', 'data_dir'))
     path = class_map or data_dir
@@ -65,10 +66,10 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
             'another one by now: give the labels in the order of the run with --labels.')
     if class_map:
         try:
-            return [line.strip() for line in Path(class_map).read_text(encoding='utf-8').splitlines()]
-        except (OSError, ValueError):
-            raise UserError(f"the run's class map {class_map} is not there any more, or is not text: put it back, or "
-                            'give the labels in its order with --labels.') from None
+            return read_class_map(Path(class_map))
+        except OSError:
+            raise UserError(f"the run's class map {class_map} is not there any more: put it back, or give the labels "
+                            'in its order with --labels.') from None
     if getattr(args, 'dataset', '') or not data_dir or not Path(data_dir).is_dir():
         return None
     try:
@@ -78,20 +79,24 @@ def run_label_names(args: argparse.Namespace) -> list[str] | None:
     return sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
 
 
-def load_centers(task: Any, options: argparse.Namespace) -> None:
-    """Let the centers of a `CosineHarmonyTask` go on if --initial-checkpoint is a run of ours with the same labels."""
+def load_losses(task: Any, options: argparse.Namespace) -> None:
+    """Let the losses of a `FeatureLossTask` go on if --initial-checkpoint is a run of ours with the same labels."""
     try:
         checkpoint = load_checkpoint(Path(options.initial_checkpoint or ''))
         old, new = run_label_names(checkpoint['args']), run_label_names(options)
     except UserError:  # other weights than a run's; train.py has read them already
         return
     state = checkpoint.get('task_state_ema') or checkpoint.get('task_state') or {}
-    centers = state.get('cosine_harmony', {}).get('centers')
     same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
-    if centers is not None and same and centers.shape == task.centers.shape:
-        task.load_task_state(state)
-    elif centers is not None:
-        _logger.warning('The centers of --initial-checkpoint are of other classes or features: they start anew.')
+    for name, loss in task.get_task_state().items():
+        if name not in state:
+            continue
+        shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (loss, state[name])]
+        if same and shapes[0] == shapes[1]:
+            task.load_task_state({name: state[name]})
+        else:
+            _logger.warning(f'The centers of {name} in --initial-checkpoint are of other classes or features: they '
+                            'start anew.')
 
 
 def check_output(options: argparse.Namespace) -> None:

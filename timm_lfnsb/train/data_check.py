@@ -11,8 +11,9 @@ from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.models import get_pretrained_cfg, is_model_pretrained
 
-from ..errors import UserError
-from ..labels import canonical_name
+from ..errors import UserError, did_you_mean
+from ..labels import LabelError, canonical_name, read_class_map
+from ..recipes import class_map_names
 from .checkpoints import load_checkpoint, run_label_names
 from .options import rank
 
@@ -55,20 +56,32 @@ def split_folders(options: argparse.Namespace, split: str) -> tuple[str, list[st
     return reader.root, list(getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', {}))
 
 
+def class_numbers(class_map: str) -> str | dict[str, int]:
+    """A class map as timm is to take it: of a text file the names with their numbers, as `read_class_map` has them."""
+    path = Path(class_map)
+    if path.suffix.lower() != '.txt' or not path.is_file():
+        return class_map
+    return {name: number for number, name in enumerate(read_class_map(path))}
+
+
 def check_class_map(options: argparse.Namespace, root: str, folders: Sequence[str]) -> None:
     """Refuse folders of a split that the class map does not name, or numbers beyond --num-classes."""
     class_map = options.class_map
     try:
-        classes = load_class_map(class_map, root)
+        classes = load_class_map(class_numbers(class_map), root)
+    except LabelError:
+        raise
     except (AssertionError, OSError, ValueError) as error:
-        raise UserError(f'--class-map {class_map} cannot be read ({error}).') from None
+        near = did_you_mean(class_map, class_map_names())
+        raise UserError(f'--class-map {class_map}{near} cannot be read ({error}).') from None
     skipped = options.skip_folders if isinstance(options.skip_folders, list) else [options.skip_folders]  # from YAML
     # Hidden folders and __MACOSX are what file managers leave behind: nobody misses their images.
     unknown = [name for name in folders
                if name not in classes and name not in skipped and not name.startswith(('.', '__'))]
     if unknown:
         synonyms = {canonical_name(name): f' (which the class map calls {name})' for name in classes}
-        named = [(name or '(no folder)') + synonyms.get(canonical_name(name), '') for name in unknown]
+        named = [(name or '(no folder)') + (synonyms.get(canonical_name(name)) or did_you_mean(name, classes))
+                 for name in unknown]
         raise UserError(
             f"{root} has folders that the class map {class_map} does not name, and timm would leave their images out: "
             f"{', '.join(named)}; it names {', '.join(map(str, classes))}: make a folder with these names by "
@@ -76,6 +89,9 @@ def check_class_map(options: argparse.Namespace, root: str, folders: Sequence[st
             '--skip-folders.')
     if options.num_classes and any(classes.get(name, 0) >= options.num_classes for name in folders):
         raise UserError(f'{class_map} has more classes than --num-classes {options.num_classes}.')
+    if options.num_classes and len(classes) < options.num_classes:
+        raise UserError(f'{class_map} has {len(classes)} names and --num-classes is {options.num_classes}: some '
+                        'outputs would have neither images nor a name.')
 
 
 def kept_classifier(options: argparse.Namespace) -> Sequence[str] | None:

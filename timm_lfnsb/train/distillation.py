@@ -1,4 +1,4 @@
-"""Distillation from one teacher or several, alone or together with the Cosine-Harmony loss."""
+"""Distillation from one teacher or several, alone or together with losses on features."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from timm.task import DistillationTeacher, LogitDistillationTask
 from ..errors import UserError
 from ..labels import canonical_name, model_label_names
 from ..models.loading import load_model
-from .task import CosineHarmonyMixin
+from .task import CosineHarmonyMixin, FeatureLossMixin
 
 
 class TeacherEnsemble(DistillationTeacher):
@@ -80,12 +80,12 @@ def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, 
     return TeacherEnsemble(teachers, label_names or (), *args)
 
 
-class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
-    """timm's `LogitDistillationTask` with the Cosine-Harmony loss beside it.
+class FeatureLossDistillationTask(FeatureLossMixin, LogitDistillationTask):
+    """timm's `LogitDistillationTask` with losses on features beside it.
 
-    Loss = task weight * criterion + distillation weight * KL divergence from the teacher + weight * Cosine-Harmony.
-    Arguments are those of `LogitDistillationTask` and of the loss, see `CosineHarmonyTask`; the forward returns
-    `kd_loss` as well.
+    Loss = task weight * criterion + distillation weight * KL divergence from the teacher + weighted sum of the losses.
+    Arguments are those of `LogitDistillationTask`, and `losses`, see `FeatureLossTask`; the forward returns `kd_loss`,
+    too.
     """
 
     student_mean: Any
@@ -101,6 +101,12 @@ class CosineHarmonyDistillationTask(CosineHarmonyMixin, LogitDistillationTask):
         student = (result['output'].float() / self.temperature).log_softmax(dim=-1)
         teacher = (answer.float() / self.temperature).log_softmax(dim=-1)
         kd_loss = F.kl_div(student, teacher, reduction='batchmean', log_target=True) * self.temperature ** 2
-        harmony = self.weight * result['cosine_harmony_loss']
-        loss = self.task_loss_weight * result['task_loss'] + self.distill_loss_weight * kd_loss + harmony
-        return {**result, 'loss': loss, 'kd_loss': kd_loss}
+        loss = self.task_loss_weight * result['task_loss'] + self.distill_loss_weight * kd_loss
+        return {**result, 'loss': loss + self.weighted_sum(result), 'kd_loss': kd_loss}
+
+
+class CosineHarmonyDistillationTask(CosineHarmonyMixin, FeatureLossDistillationTask):
+    """`FeatureLossDistillationTask` with the Cosine-Harmony loss alone, whose arguments `CosineHarmonyTask` lists."""
+
+    def __init__(self, student_model: Any, *args: Any, **kwargs: Any):
+        super().__init__(student_model, *args, **kwargs)

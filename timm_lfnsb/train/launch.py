@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean, reason
 from ..losses.logit_adjustment import LogitAdjustment, prior_logits
-from .checkpoints import SafeSaver, check_output, load_centers, run_label_names, summarize, watch_loss
-from .data_check import check_class_folders, warn_of_other_labels
+from .checkpoints import SafeSaver, check_output, load_losses, run_label_names, summarize, watch_loss
+from .data_check import check_class_folders, class_numbers, warn_of_other_labels
 from .datasets import BalancedDataset, SeededDataset, folder_targets, seed_epoch
-from .distillation import CosineHarmonyDistillationTask, load_teachers
+from .distillation import CosineHarmonyDistillationTask, FeatureLossDistillationTask, load_teachers
+from .feature_losses import feature_losses
 from .options import add_options, check_options, distils, rank, resolve_paths, resolve_recipe, warn
 from .photo_look import PhotoLook, prepend_transform
-from .task import CosineHarmonyTask
+from .task import CosineHarmonyTask, FeatureLossTask
 from .votes import VotedDataset
 
 # What a train script must have in its globals, and look up there, for our options to work.
@@ -41,8 +42,9 @@ def find_script(script: str) -> Path:
         if path.is_file():
             return path
     where = f'neither here nor in TIMM_SCRIPTS ({folder})' if folder else 'not here, and TIMM_SCRIPTS is not set'
+    near = did_you_mean(script, (path.name for path in Path(folder).glob('*.py'))) if folder else ''
     raise UserError(
-        f"{script} is {where}: timm's scripts are not part of its wheel, so clone "
+        f"{script}{near} is {where}: timm's scripts are not part of its wheel, so clone "
         'https://github.com/huggingface/pytorch-image-models and set TIMM_SCRIPTS to that folder, or give the path.')
 
 
@@ -58,13 +60,16 @@ def run_script(script: str, args: Sequence[str]) -> None:
     sys.argv = [str(path), *args]
     # At the end, where a clone's own timm folder cannot hide the installed package.
     sys.path.append(str(path.resolve().parent))
-    if 'train' not in path.stem:
-        runpy.run_path(str(path), run_name='__main__')
-        return
-    sys.argv[1:] = resolve_recipe(args)
-    module = load_module(path)
-    extend_train_script(module)
-    module.main()
+    try:
+        if 'train' not in path.stem:
+            runpy.run_path(str(path), run_name='__main__')
+            return
+        sys.argv[1:] = resolve_recipe(args)
+        module = load_module(path)
+        extend_train_script(module)
+        module.main()
+    except ModuleNotFoundError as error:  # timm's scripts need more than timm
+        raise UserError(f'{script} cannot run: {reason(error)}.') from error
 
 
 def load_module(path: Path) -> ModuleType:
@@ -109,7 +114,8 @@ class Hooks:
     def __init__(self, script: Any, options: argparse.Namespace):
         self.script = script
         self.options = options
-        self.adds_loss = options.cosine_harmony or options.logit_adjustment
+        self.losses = feature_losses(options)
+        self.adds_loss = self.losses or options.logit_adjustment
         self.prior: torch.Tensor | None = None
 
     def replacements(self) -> dict[str, Any]:
@@ -117,17 +123,21 @@ class Hooks:
         utils = {**vars(self.script.utils), 'CheckpointSaver': SafeSaver, 'update_summary': summarize}
         ours = {'utils': SimpleNamespace(**utils), 'create_dataset': self.create_dataset,
                 'create_loader': self.create_loader, 'train_one_epoch': self.train_one_epoch}
-        harmony = self.options.cosine_harmony
+        bases = self.script.ClassificationTask, self.script.LogitDistillationTask
+        if self.losses:
+            bases = FeatureLossTask, FeatureLossDistillationTask
+            if not self.options.feature_loss:
+                bases = CosineHarmonyTask, CosineHarmonyDistillationTask
         if self.adds_loss:
-            ours['ClassificationTask'] = self.task_class(
-                CosineHarmonyTask if harmony else self.script.ClassificationTask)
+            ours['ClassificationTask'] = self.task_class(bases[0])
         if distils(self.options):
-            ours['LogitDistillationTask'] = self.task_class(
-                CosineHarmonyDistillationTask if harmony else self.script.LogitDistillationTask)
+            ours['LogitDistillationTask'] = self.task_class(bases[1])
         return ours
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """The script's dataset; the training set with votes, balance and seeds."""
+        if isinstance(kwargs.get('class_map'), str):
+            kwargs['class_map'] = class_numbers(kwargs['class_map'])
         dataset, options = self.script.create_dataset(*args, **kwargs), self.options
         if not kwargs.get('is_training'):
             return dataset
@@ -157,7 +167,7 @@ class Hooks:
     def train_one_epoch(self, epoch: int, model: Any, loader: Any, *args: Any, task: Any, **kwargs: Any) -> Any:
         """The script's epoch, seeded by its number, with a watch on the loss."""
         if self.adds_loss and not hasattr(task, 'is_configured'):
-            raise UserError('--cosine-harmony or --logit-adjustment is on, but this script builds a '
+            raise UserError('--feature-loss, --cosine-harmony or --logit-adjustment is on, but this script builds a '
                             f"{type(task).__name__}: leave the option out, or take timm's own train.py.")
         if not self.options.no_epoch_seeds:
             seed_epoch(loader, self.options.seed, epoch, rank())
@@ -177,18 +187,17 @@ class Hooks:
                     kwargs['teacher_model'] = load_teachers(
                         kwargs['teacher_model'], kwargs['student_model'].in_chans, run_label_names(options),
                         hooks.prior, device, kwargs.get('dtype'))
-                if options.cosine_harmony:
-                    kwargs.update(
-                        weight=options.cosine_harmony, alpha=options.cosine_harmony_alpha,
-                        variant=options.cosine_harmony_variant, learn_centers=not options.cosine_harmony_fixed_centers)
+                if hooks.losses:
+                    kwargs.update(dict(losses=hooks.losses) if options.feature_loss else hooks.losses['cosine-harmony'])
                 if hooks.prior is not None:
                     criterion = LogitAdjustment(criterion or nn.CrossEntropyLoss(), hooks.prior).to(device)
                 try:
                     super().__init__(*args, criterion=criterion, **kwargs)
                 except ValueError as error:
-                    raise UserError(f'--cosine-harmony: {error}') from None
-                if options.cosine_harmony:
-                    load_centers(self, options)
+                    option = '--feature-loss' if options.feature_loss else '--cosine-harmony'
+                    raise UserError(f'{option}: {error}') from None
+                if hooks.losses:
+                    load_losses(self, options)
 
             def prepare_distributed(self, device_ids: Any = None, **ddp_kwargs: Any) -> Any:
                 # timm's script names the device even on the CPU, which DDP refuses.

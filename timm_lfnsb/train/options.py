@@ -10,9 +10,12 @@ from pathlib import Path
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from timm.utils import world_info_from_env
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
+from ..losses import LOSSES
 from ..losses.cosine_harmony import VARIANTS
+from ..models.names import check_model_name
 from ..recipes import class_map_path, recipe_names, recipe_path
+from .feature_losses import add_loss_option, feature_losses
 
 _logger = logging.getLogger(__name__)
 
@@ -21,14 +24,15 @@ _logger = logging.getLogger(__name__)
 _IMAGES = ('naflex_loader', 'aug_splits', 'jsd_loss')
 _DRAWN = (*_IMAGES, 'use_multi_epochs_loader')
 CONFLICTS: dict[str, tuple[str, ...]] = {
-    'cosine_harmony': ('torchscript', *_IMAGES), 'logit_adjustment': ('torchscript', 'bce_loss', *_DRAWN),
+    'cosine_harmony': ('torchscript', *_IMAGES), 'feature_loss': ('torchscript', *_IMAGES),
+    'logit_adjustment': ('torchscript', 'bce_loss', *_DRAWN),
     'balance_power': _DRAWN, 'label_votes': _DRAWN, 'photo_look': _IMAGES,
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add our options to a train script's parser; what is there is found by YAML keys and in args.yaml, too."""
-    group = parser.add_argument_group('Cosine-Harmony loss (timm_lfnsb)')
+    group = parser.add_argument_group('Losses on features (timm_lfnsb)')
     group.add_argument('--cosine-harmony', type=float, default=0., metavar='WEIGHT',
                        help='weight of the Cosine-Harmony loss (default: 0). Works with --kd-model-name, which takes '
                             'several teachers here, separated by commas, and averages their probabilities')
@@ -38,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        help='its formula (default: reference)')
     group.add_argument('--cosine-harmony-fixed-centers', action='store_true', default=False,
                        help='keep the random class centers instead of learning them')
+    add_loss_option(group)
     group = parser.add_argument_group('Labels and rare classes (timm_lfnsb)')
     group.add_argument('--label-votes', default='', metavar='FILE',
                        help="CSV file of crowd votes (a column 'file', and one for each label), in the data folder or "
@@ -70,17 +75,18 @@ def resolve_recipe(args: Sequence[str]) -> list[str]:
         return list(args)
     if name not in recipe_names():
         raise UserError(
-            f'--config {name} is neither a file nor a recipe of this zoo ({", ".join(recipe_names())}).')
+            f'--config {name}{did_you_mean(name, recipe_names())} is neither a file nor a recipe of this zoo '
+            f'({", ".join(recipe_names())}).')
     return ['--config', str(recipe_path(name)), *others]
 
 
 def resolve_paths(options: argparse.Namespace) -> None:
     """Give the run absolute paths of class map, data and votes, which its checkpoints keep and `pack` reads."""
-    if options.class_map:
-        path = Path(options.class_map) if Path(options.class_map).is_file() else class_map_path(options.class_map)
-        options.class_map = str(path.resolve()) if path else options.class_map
     # train.py moves the old positional argument into data_dir later.
     data_dir = options.data_dir or getattr(options, 'data', None)
+    if options.class_map:
+        maps = (Path(options.class_map), class_map_path(options.class_map), Path(data_dir or '', options.class_map))
+        options.class_map = next((str(path.resolve()) for path in maps if path and path.is_file()), options.class_map)
     if data_dir and Path(data_dir).is_dir():
         options.data_dir = str(Path(data_dir).resolve())
     if options.label_votes:
@@ -95,7 +101,8 @@ def resolve_paths(options: argparse.Namespace) -> None:
 def distils(options: argparse.Namespace) -> bool:
     """Whether teachers are ours to load: not so a single one without label names, beside nothing of ours."""
     names = options.kd_model_name or ''
-    if not names or options.cosine_harmony or options.logit_adjustment or ':' in names or ',' in names:
+    ours = options.cosine_harmony or options.feature_loss or options.logit_adjustment
+    if not names or ours or ':' in names or ',' in names:
         return bool(names)
     cfg = get_pretrained_cfg(names) if is_model_pretrained(names) else None
     return cfg is None or bool(cfg.label_names)
@@ -115,11 +122,19 @@ def check_options(options: argparse.Namespace) -> None:
         for other in others:
             if value(name) and value(other):
                 raise UserError(f'{flag(name)} cannot be combined with {flag(other)}: leave one of the two out.')
+    losses = feature_losses(options)
     teachers = value('kd_model_name') or ''
-    ours = ',' in teachers or value('cosine_harmony') or value('logit_adjustment')
+    for name in (value('model'), *teachers.split(',')):
+        if name:
+            check_model_name(name.strip())
+    ours = ',' in teachers or losses or value('logit_adjustment')
     if teachers and ours and value('kd_distill_type', 'logit') != 'logit':
-        raise UserError('--kd-model-name with several teachers, --cosine-harmony or --logit-adjustment needs '
-                        '--kd-distill-type logit.')
+        raise UserError('--kd-model-name with several teachers, --cosine-harmony, --feature-loss or --logit-adjustment '
+                        'needs --kd-distill-type logit.')
+    if value('mixup') or value('cutmix') or value('cutmix_minmax'):
+        for name in losses:
+            if not LOSSES[name].loss.takes_soft_targets:
+                raise UserError(f'--feature-loss {name} takes no mixed labels: leave --mixup and --cutmix out.')
     if value('pretrained_path') and not value('pretrained'):
         raise UserError('--pretrained-path has no effect without --pretrained, and training would begin at random: add '
                         '--pretrained.')

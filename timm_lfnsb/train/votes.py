@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..labels import canonical_name
 from .datasets import DatasetWrapper, folder_targets
 from .options import rank
@@ -41,7 +41,7 @@ def read_votes(path: Path, label_names: Sequence[str]) -> dict[str, np.ndarray]:
         try:
             columns = [canonical_name(field) for field in next(rows, [])]
             if missing := [name for name in ('file', *names) if name not in columns]:
-                raise ValueError(f"no column for {', '.join(missing)}")
+                raise ValueError(f"no column for {', '.join(missing)}{did_you_mean(missing[0], columns)}")
             for row in filter(None, rows):
                 values = dict(zip(columns, row, strict=True))
                 name = PurePath(values['file']).name

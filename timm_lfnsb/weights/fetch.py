@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from timm.models import resolve_pretrained_cfg
 
-from ..errors import UserError, reason
+from ..errors import UserError, did_you_mean, reason
 from ..util.files import file_sha256
 from .names import DEFAULT_ORG, HUB_ORG, HUB_REVISIONS, WEIGHTS_DIR, hub_id
 
@@ -76,6 +76,13 @@ def fetch_model(repo_id: str, revision: str | None = None, cache_dir: str | Path
     return folder
 
 
+def cached_models() -> list[str]:
+    """Repositories of models that huggingface_hub's cache has something of."""
+    from huggingface_hub import constants
+    folders = Path(constants.HF_HUB_CACHE).glob('models--*')
+    return sorted(path.name.removeprefix('models--').replace('--', '/') for path in folders)
+
+
 def describe_error(error: Exception, repo_id: str, what: str = '', revision: str | None = None) -> str:
     """One sentence for what a call of huggingface_hub raised: what is wrong, and what to do.
 
@@ -88,13 +95,14 @@ def describe_error(error: Exception, repo_id: str, what: str = '', revision: str
         causes.append(cause)
     kinds = set().union(*map(_kinds, causes))
     statuses = {getattr(getattr(cause, 'response', None), 'status_code', None) for cause in causes}
+    near = did_you_mean(repo_id, {*map(hub_id, HUB_REVISIONS), *cached_models()} - {repo_id})
     sentences = (
-        ('OfflineModeIsEnabled' in kinds, f'{what or "the model"} of {repo_id} is not in the cache and HF_HUB_OFFLINE '
-         'forbids to fetch it: unset HF_HUB_OFFLINE once, with a network.'),
+        ('OfflineModeIsEnabled' in kinds, f'{what or "the model"} of {repo_id}{near} is not in the cache and '
+         'HF_HUB_OFFLINE forbids to fetch it: unset HF_HUB_OFFLINE once, with a network.'),
         (kinds & _UNREACHABLE,
          f'{host} cannot be reached ({reason(error)}): check the network, and HF_ENDPOINT if set.'),
-        ('RepositoryNotFoundError' in kinds, f'there is no model {repo_id} on {host}, or it is private or gated: check '
-         'the name, ask for access on its page, and log in with `hf auth login` or HF_TOKEN.'),
+        ('RepositoryNotFoundError' in kinds, f'there is no model {repo_id}{near} on {host}, or it is private or gated: '
+         'check the name, ask for access on its page, and log in with `hf auth login` or HF_TOKEN.'),
         ('RevisionNotFoundError' in kinds,
          f'{repo_id} has no revision {revision}: leave it out, or take one of its branches, tags or commits.'),
         ('EntryNotFoundError' in kinds and 'LocalEntryNotFoundError' not in kinds,

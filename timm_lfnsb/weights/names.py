@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 
 WEIGHTS_DIR = Path(__file__).parent
 
@@ -35,5 +35,7 @@ def weights_info(name: str) -> dict[str, Any]:
         UserError: When there are none of this name.
     """
     if name not in embedded_weights():
-        raise UserError(f"there are no embedded weights {name!r}; there are {', '.join(embedded_weights()) or 'none'}.")
+        names = embedded_weights()
+        raise UserError(f"there are no embedded weights {name!r}{did_you_mean(name, names)}; there are "
+                        f"{', '.join(names) or 'none'}.")
     return json.loads((WEIGHTS_DIR / f'{name}.json').read_text(encoding='utf-8'))

@@ -1,0 +1,92 @@
+"""Make a trained classifier find rare classes: take the prior of its training labels out of its bias."""
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from ..data.prepare import read_description
+from ..errors import UserError
+from ..evaluate.predictions import Predictions, predict_folder
+from ..labels import match_labels
+
+STRENGTHS = np.arange(41) / 20
+"""Values of tau that are tried: 0 changes nothing, 1 takes the prior out whole."""
+
+
+def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -> dict[str, Any]:
+    """Write a timm folder whose classifier has the bias b - tau log(prior), with all other tensors as they were.
+
+    This is the post-hoc logit adjustment of Menon et al. 2021 (arXiv 2007.07314, section 4.1). Because it stands in
+    the bias, timm, transformers and exported files agree on it. The prior is each class's share of the training split.
+
+    Args:
+        folder: A timm folder, see `pack`, whose classifier is one linear layer with a bias.
+        out_dir: Folder to write; must not hold anything yet.
+        data_dir: Folder made by `prepare`, with a validation split, where `choose_strength` finds tau.
+        cost: Accuracy on the validation split that it may cost, a fraction.
+
+    Returns:
+        What config.json holds as `prior_correction`, see `choose_strength`.
+
+    Raises:
+        UserError: When the folder, its classifier or the data cannot be used, or it was rebalanced before.
+    """
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f'{out_dir} is there already: name a new folder.')
+    counts = read_description(data_dir)['splits']['train']['counts']
+    predictions = predict_folder(f'local-dir:{folder}', data_dir, split='validation')
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    if 'prior_correction' in config:
+        raise UserError(f'{folder} was rebalanced before: start from the folder that was not.')
+    state = load_file(folder / 'model.safetensors')
+    bias = state.get(f"{config.get('pretrained_cfg', {}).get('classifier')}.bias")
+    if bias is None or bias.shape != (len(predictions.label_names),):
+        raise UserError(f'the classifier of {folder} has no bias for each class: it cannot be rebalanced.')
+
+    class_counts = np.zeros(len(bias))
+    for name, index in match_labels(counts, predictions.label_names).items():
+        class_counts[index] = counts[name]
+    if not class_counts.all():
+        raise UserError(f'the training split of {data_dir} has a class without images: its prior is not known.')
+    log_prior = np.log(class_counts / class_counts.sum())
+    correction = choose_strength(predictions, log_prior, cost)
+    bias -= bias.new_tensor(correction['tau'] * log_prior)
+    config.pop('temperature', None)  # it was fitted to the outputs as they were
+    config['prior_correction'] = correction
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}.') as temporary:
+        target = Path(temporary) / out_dir.name
+        target.mkdir()
+        save_file(state, target / 'model.safetensors', metadata={'format': 'pt'})
+        os.chmod(target / 'model.safetensors', 0o644)  # safetensors writes it for the owner alone
+        (target / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+        os.replace(target, out_dir)
+    return correction
+
+
+def choose_strength(predictions: Predictions, log_prior: np.ndarray, cost: float = 0.03) -> dict[str, Any]:
+    """Find the strength with the best balanced accuracy among those that cost at most `cost` of the accuracy.
+
+    Args:
+        log_prior: Logarithm of each class's share (C,), in the order of the predictions' classes.
+
+    Returns:
+        `tau`; `accuracy` and `balanced_accuracy` of these predictions, each as [without, with] the correction.
+    """
+    log_probabilities = np.log(np.maximum(predictions.probabilities, np.finfo(np.float32).tiny))
+    classes = np.unique(predictions.labels)
+    accuracy, balanced = [], []
+    for tau in STRENGTHS:
+        correct = (log_probabilities - tau * log_prior).argmax(axis=1) == predictions.labels
+        accuracy.append(float(correct.mean()))
+        balanced.append(float(np.mean([correct[predictions.labels == label].mean() for label in classes])))
+    allowed = np.array(accuracy) >= accuracy[0] - cost
+    best = int(np.where(allowed, balanced, 0).argmax())
+    return {'tau': float(STRENGTHS[best]), 'split': 'validation', 'cost': cost,
+            'accuracy': [accuracy[0], accuracy[best]], 'balanced_accuracy': [balanced[0], balanced[best]]}
