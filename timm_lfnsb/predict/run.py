@@ -16,10 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..labels import UNSURE
 from ..util.files import replacing
 from .annotate import annotation_paths, draw_faces
 from .images import ImageError, find_images
-from .recognizer import UNSURE, ExpressionRecognizer, Face
+from .recognizer import ExpressionRecognizer, Face
 
 Kind: TypeAlias = Literal['result', 'hint', 'problem']
 
@@ -72,7 +73,7 @@ def predict_lines(
     # Progress on a terminal only, and not for a few single images.
     bar = tqdm(found, unit='image', leave=False, disable=None if len(found) > 10 else True)
     done = without = 0
-    with _interrupt() as interrupted:
+    with first_interrupt() as interrupted:
         paths = takewhile(lambda _: not interrupted.is_set(), (path for path, _ in bar))
         for done, faces in enumerate(recognizer.stream(paths), 1):
             path = found[done - 1][0]
@@ -100,7 +101,7 @@ def predict_lines(
 
 
 @contextmanager
-def _interrupt() -> Iterator[threading.Event]:
+def first_interrupt() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second one interrupts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
