@@ -66,7 +66,7 @@ WRONG_CALLS = {
     'predict {image} --model no_such_model': 'no_such_model', 'predict {image} --device nonsense': 'nonsense',
     'prepare folder {missing} {new}': 'missing', 'prepare ferplus {empty} {new}': 'train.zip',
     'push {missing}': 'missing', 'push {empty} --repo-id me/mine --dry-run': 'empty',
-    'rebalance {empty} {new} --data-dir {faces}': 'empty',
+    'rebalance {empty} {new} --data-dir {faces}': 'dataset.json',
     'recipe show no_such_recipe': 'no_such_recipe', 'recipe path no_such_recipe': 'no_such_recipe',
     'reproduce show {broken}': 'broken', 'reproduce show {missing}': 'missing',
     'run {missing}': 'missing',
