@@ -33,6 +33,9 @@ SYNONYMS: dict[str, str] = {
 }
 """Names that folders and spreadsheets use for the same expressions."""
 
+UNSURE = 'unsure'
+"""What a face is called whose most probable expression is less probable than was asked for."""
+
 
 class LabelError(UserError, ValueError):
     """Label names that do not fit; a ValueError too, for callers in Python."""

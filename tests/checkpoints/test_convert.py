@@ -21,6 +21,8 @@ from timm_lfnsb.checkpoints.convert import LABEL_SETS, convert
 from timm_lfnsb.checkpoints.graft import graft
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
+from timm_lfnsb.evaluate import label_order
+from timm_lfnsb.evaluate.label_order import LabelOrder
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
 
 OURS = {'lfnsb_7': ('lfnsb', 'rafdb'), 'lfnsb_8': ('lfnsb', 'affectnet8'), 'ddamfn_7': ('ddamfn', 'affectnet7'),
@@ -124,6 +126,7 @@ def test_label_sets_are_the_data_sets_own():
     ('lfnsb_7', 'lfnsb', {}, dict(labels='affectnet8'), ['the model has 7 classes, but', 'contempt]']),
     ('lfnsb_7', 'lfnsb', {}, dict(labels='happy,happiness,c,d,e,f,g'), ['one name for each output']),
     ('mfn', 'mfn', {}, dict(labels='rafdb'), ['the model has 0 classes']),
+    ('mfn', 'mfn', {}, dict(labels='auto', data_dir=Path('.')), ['no classifier, so that no output needs a name']),
     ('mfn', 'mfn', {'fc.weight': torch.zeros(9, 256), 'fc.bias': torch.zeros(9)}, {}, ['9 classes']),
     ('lfnsb_7', 'ddamfn', {}, {}, ['is of the network lfnsb, not ddamfn: give --model lfnsb.']),
     ('lfnsb_7', 'lfnsb', {}, dict(drop=['f']), ['nothing that --drop f could leave out']),
@@ -163,6 +166,26 @@ def test_command_line(tmp_path):
         assert result.exit_code == code and words in result.output
         assert ('never uses them: 5 tensors' if code == 0 else 'Error: ') in result.output
     assert not (tmp_path / 'none').exists()
+
+
+def test_an_order_that_was_found_is_written_and_shown(tmp_path, monkeypatch):
+    source, seen = authors_file('lfnsb_7', tmp_path), []
+    found = LabelOrder(RAFDB, 0.987, 0.654, 70)
+    monkeypatch.setattr(label_order, 'find_label_order', lambda *args: seen.extend(args) or found)
+    arguments = ['convert', str(source), str(tmp_path / 'out'), '--model', 'lfnsb', '--labels', 'auto']
+    result = CliRunner().invoke(main, [*arguments, '--data-dir', str(tmp_path / 'faces')])
+    assert 'labels: 0 surprise, 1 fear' in result.output and '70 images: 98.7 % of' in result.output
+    assert '65.4 %' in result.output and seen[1] == tmp_path / 'faces'
+    model = check_golden('lfnsb_7', tmp_path / 'out')
+    assert tuple(model.pretrained_cfg['label_names']) == RAFDB
+    images = rule_input(1, 2, 112)
+    with torch.no_grad():  # it was the checkpoint's own network that saw the faces
+        torch.testing.assert_close(seen[0].eval()(images), model(images))
+    for wrong in (arguments, [*arguments[:-1], 'rafdb', '--data-dir', '.']):
+        result = CliRunner().invoke(main, wrong)
+        assert result.exit_code == 1 and 'give both of them, or neither' in result.output
+    result = CliRunner().invoke(main, [*arguments, '--data-dir', '.', '--drop', 'fc'])
+    assert 'is there already' in result.output  # before any work
 
 
 def test_a_converted_backbone_starts_another_network(tmp_path):

@@ -12,6 +12,9 @@ from click.testing import CliRunner
 from timm_lfnsb.checkpoints.pack import pack
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
+from timm_lfnsb.evaluate import calibration
+from timm_lfnsb.evaluate.predictions import predict_folder
+from timm_lfnsb.models.loading import load_model
 
 IN_MAP = ['neutral', 'happiness', 'sadness', 'anger']
 BY_FOLDER = ['anger', 'happiness', 'neutral', 'sadness']
@@ -96,6 +99,21 @@ def test_model_arguments_and_preprocessing_of_the_run_survive(make_run, tmp_path
     assert loaded.head_hidden_size == 64 and loaded(torch.randn(1, 1, 64, 64)).shape == (1, 4)
     config = loaded.pretrained_cfg
     assert (tuple(config['input_size']), config['interpolation'], config['crop_pct']) == ((1, 64, 64), 'bicubic', 0.9)
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_a_temperature_is_fitted_on_validation_and_stored(half, make_run, tmp_path, face_folder, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(calibration, 'fit_temperature', lambda predictions: fitted.append(predictions) or 1.25)
+    run, *_ = make_run()
+    packed = pack(run, tmp_path / 'out', half=half, calibrate=face_folder)
+    model = load_model(f'local-dir:{tmp_path / "out"}')
+    assert packed['temperature'] == model.softmax_temperature == 1.25
+    expected = predict_folder(model, face_folder, 'validation')  # what was stored, and of that split
+    assert fitted[0].files == expected.files and (fitted[0].labels == expected.labels).all()
+    assert fitted[0].probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+    pack(run, tmp_path / 'plain')
+    assert 'softmax_temperature' not in json.loads((tmp_path / 'plain' / 'config.json').read_text())
 
 
 def test_half_precision_keeps_norms_and_halves_the_file(make_run, tmp_path):

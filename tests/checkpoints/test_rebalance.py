@@ -29,7 +29,7 @@ def folders(tmp_path):
     with torch.no_grad():
         model.fc.weight.mul_(5)
         model.fc.bias.copy_(torch.tensor([1., 0., -1.]))
-    write_folder(model, tmp_path / 'model', LABELS, {})
+    write_folder(model, tmp_path / 'model', LABELS, {}, softmax_temperature=0.8)
     rng, data = np.random.default_rng(0), tmp_path / 'data'
     for label in LABELS:
         (data / 'validation' / label).mkdir(parents=True)
@@ -50,7 +50,8 @@ def test_the_bias_alone_changes(folders, tmp_path):
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     found = config.pop('prior_correction')
-    assert config == json.loads((model / 'config.json').read_text())
+    plain = json.loads((model / 'config.json').read_text())
+    assert plain.pop('softmax_temperature') == 0.8 and config == plain  # it was of the outputs as they were
     before, after = load_file(model / 'model.safetensors'), load_file(tmp_path / 'out' / 'model.safetensors')
     expected = [
         bias - found['tau'] * math.log(COUNTS[name] / 1000) for bias, name in zip((1, 0, -1), LABELS, strict=True)]

@@ -19,14 +19,16 @@ from click.testing import CliRunner
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 
 from timm_lfnsb.cli import main
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.evaluate.figures import confusion_figure, reliability_figure
-from timm_lfnsb.evaluate.metrics import compare_predictions, compute_metrics, holm
+from timm_lfnsb.evaluate.figures import confusion_figure, coverage_figure, reliability_figure
+from timm_lfnsb.evaluate.metrics import compare_predictions, compute_coverage, compute_metrics
 from timm_lfnsb.evaluate.predictions import Predictions, predict_folder
 from timm_lfnsb.evaluate.report import evaluate_folder
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
+from timm_lfnsb.weights.names import weights_info
 
 OTHER_NAMES = {
     'neutral': 'None-Expression', 'happiness': 'happy', 'sadness': 'Sad', 'surprise': 'surprised', 'fear': 'Fearful',
@@ -197,7 +199,7 @@ def test_command_writes_the_whole_report(tree, predictions, tmp_path):
     result = run('--model', NAME, '--data-dir', tree, '--out', tmp_path)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        'confusion.png', 'metrics.json', 'predictions.csv', 'reliability.png']
+        'confusion.png', 'coverage.png', 'metrics.json', 'predictions.csv', 'reliability.png']
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics['confusion'] == compute_metrics(predictions)['confusion']
     assert metrics['model'] == NAME and metrics['split'] == 'test' and metrics['label_names'] == list(EXPRESSIONS_8)
@@ -206,10 +208,18 @@ def test_command_writes_the_whole_report(tree, predictions, tmp_path):
     with open(tmp_path / 'predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ['file', 'label', 'prediction', *EXPRESSIONS_8] and len(rows) == 14
-    for row, probabilities in zip(rows, predictions.probabilities, strict=True):
+    temperature = weights_info(NAME)['temperature']
+    calibrated = predictions.probabilities ** (1 / temperature)
+    calibrated /= calibrated.sum(axis=1, keepdims=True)
+    for row, probabilities in zip(rows, calibrated, strict=True):
         assert row['file'].startswith(row['label'] + '/')
         assert row['prediction'] == max(EXPRESSIONS_8, key=lambda name: float(row[name]))
         assert np.allclose([float(row[name]) for name in EXPRESSIONS_8], probabilities, atol=1e-4)
+    assert (metrics['temperature'], metrics['calibrated']) == (temperature, True)
+    assert metrics['ece'] == pytest.approx(compute_metrics(replace(predictions, probabilities=calibrated))['ece'])
+    assert metrics['ece_plain'] == pytest.approx(compute_metrics(predictions)['ece']) != metrics['ece']
+    assert metrics['coverage'][-1]['accuracy'] == metrics['accuracy']
+    assert f"the model's temperature {temperature:.3f}" in result.stdout
     assert all(f'\n{name} ' in result.stdout for name in EXPRESSIONS_8)
     assert re.search(r'contempt +0 +absent', result.stdout) and 'nan' not in result.stdout.lower()
     assert f"{100 * metrics['accuracy']:.1f}" in result.stdout and '14/14' in result.stderr
@@ -262,9 +272,36 @@ def test_nothing_is_run_or_written_where_something_does_not_fit(face_folder, pee
     assert result.exit_code == 1 and f'Error: {message}' in result.output and not (tmp_path / 'out').exists()
 
 
-def test_holms_correction():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.6]) == pytest.approx([1, 1]) and holm([0.2]) == [0.2]
+@pytest.mark.parametrize('known, words', [
+    (0.5, 'probabilities are plain softmax\n'), (None, 'plain softmax: no temperature comes with the model')])
+def test_plain_softmax_where_it_is_asked_for_or_no_temperature_is_known(known, words, tree, tmp_path):
+    save_for_hf(timm.create_model('test_resnet', num_classes=8), tmp_path / 'model', safe_serialization=True,
+                model_config={'label_names': list(EXPRESSIONS_8), **({'softmax_temperature': known} if known else {})})
+    result = run('--model', f'local-dir:{tmp_path / "model"}', '--data-dir', tree, '--out', tmp_path / 'out',
+                 *(['--no-calibration'] if known else []))
+    metrics = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert result.exit_code == 0 and words in result.stdout and metrics['ece'] == metrics['ece_plain']
+    assert (metrics['temperature'], metrics['calibrated']) == (known, False)
+
+
+def test_accuracy_over_coverage_agrees_with_plain_counting():
+    predictions = random_predictions()
+    sure, right = predictions.probabilities.max(axis=1), predictions.correct
+    coverage = compute_coverage(predictions)
+    assert [row['count'] for row in coverage] == list(range(20, 401, 20))
+    for row in coverage:
+        answered = [bool(right[i]) for i in range(400) if sure[i] >= row['threshold']]
+        assert row['count'] == len(answered) and row['coverage'] == pytest.approx(len(answered) / 400)
+        assert row['accuracy'] == sum(answered) / len(answered)
+        assert row['accuracy_interval'] == pytest.approx(wilson(sum(answered), len(answered)))
+    assert coverage[0]['accuracy'] > coverage[-1]['accuracy'] == right.mean()
+    # Images that are equally sure belong together; less than 20 images give fewer rows.
+    tied = replace(predictions, probabilities=np.full((400, 8), 1 / 8))
+    assert [row['count'] for row in compute_coverage(tied)] == [400]
+    few = Predictions(['a', 'b'], np.array([0, 0]), np.array([[0.9, 0.1], [0.3, 0.7]]), ('calm', 'cross'))
+    assert [(row['count'], row['accuracy'], row['threshold']) for row in compute_coverage(few)] == [
+        (1, 1, 0.9), (2, 0.5, 0.7)]
+    coverage_figure(compute_coverage(few)).savefig(io.BytesIO(), format='png')
 
 
 def test_every_image_format_counts_and_unknown_folders_are_refused(model, tmp_path):
@@ -320,7 +357,8 @@ def test_figures_show_names_and_percentages():
     counts = 100 * np.array(metrics['confusion'])  # long labels: thousands of images
     confusion = confusion_figure(counts, EXPRESSIONS_8)
     reliability = reliability_figure(metrics['calibration'], metrics['ece'])
-    for figure in (confusion, reliability):
+    coverage = coverage_figure(compute_coverage(random_predictions()))
+    for figure in (confusion, reliability, coverage):
         figure.savefig(io.BytesIO(), format='png')
         left, bottom, right, top = figure.get_tightbbox().extents
         width, height = figure.get_size_inches()

@@ -140,7 +140,9 @@ def test_publish_then_pull(server, tmp_path):
     assert set(files) == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
     assert files['model.safetensors'] == (WEIGHTS_DIR / f'{NAME}.safetensors').read_bytes()
     assert files['README.md'].decode() == render_card(weights_info(NAME), REPO)
-    assert json.loads(files['config.json'])['label_names'] == weights_info(NAME)['label_names']
+    config = json.loads(files['config.json'])
+    assert config['label_names'] == weights_info(NAME)['label_names']
+    assert config['softmax_temperature'] == weights_info(NAME)['temperature']
 
     code = """
 import timm, timm_lfnsb, torch

@@ -34,10 +34,11 @@ from timm_lfnsb.predict.images import ImageError
 
 
 def probabilities(model: torch.nn.Module, face: np.ndarray) -> dict[str, float]:
-    """What a model says about a crop, by timm's functions alone."""
+    """What a model says about a crop, by timm's functions alone, with the temperature that `load_model` gives it."""
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.no_grad():
-        scores = model(transform(Image.fromarray(face))[None]).softmax(1)[0]
+        logits = model(transform(Image.fromarray(face))[None])
+    scores = (logits / getattr(model, 'softmax_temperature', 1)).softmax(1)[0]
     return dict(zip(EXPRESSIONS_8, scores.tolist(), strict=True))
 
 
@@ -62,6 +63,28 @@ def test_a_model_by_name_is_reparameterised_and_says_the_same(tmp_path, portrait
     assert by_model.model is given
     [first], [second] = by_name(portrait), by_model(portrait)
     assert first.probabilities == near(second.probabilities)
+
+
+def test_temperature_and_unsure_faces(portrait, tmp_path):
+    model = tiny_model().eval()
+    torch.nn.init.normal_(model.get_classifier().weight)
+    plain = probabilities(model, portrait)
+    [face] = ExpressionRecognizer(model, detector=None)(portrait)
+    assert face.probabilities == near(plain)  # no temperature is known
+    model.softmax_temperature = 2.5
+    sharper = {name: p ** 0.4 for name, p in plain.items()}
+    calibrated = {name: p / sum(sharper.values()) for name, p in sharper.items()}
+    assert max(calibrated.values()) < max(plain.values()) - 0.01
+    export_model(model, tmp_path / 'model.onnx')
+    for given in (model, tmp_path / 'model.onnx'):
+        [face] = ExpressionRecognizer(given, detector=None)(portrait)
+        assert face.probabilities == near(calibrated, 1e-4)
+        # Just below and just above.
+        for unsure, label in ((face.score, face.label), (face.score + 1e-6, 'unsure')):
+            [again] = ExpressionRecognizer(given, detector=None, unsure=unsure)(portrait)
+            assert again.label == label and again.score == face.score == max(face.probabilities.values())
+        [face] = ExpressionRecognizer(given, detector=None, calibration=False)(portrait)
+        assert face.probabilities == near(plain, 1e-4)
 
 
 def test_single_image(recognize, portrait):

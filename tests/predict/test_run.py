@@ -11,6 +11,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from timm_lfnsb.cli import main
+from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.predict import run
 
 
@@ -61,6 +62,19 @@ def test_table(folder):
         assert row[column - 2:column] == '  ' and row[column].isdigit()
         label, runner_up = row[head.index('expression'):].split()[0], row[head.index('runner-up'):].split()
         assert label == 'happiness' != runner_up[0] and 0 < float(runner_up[1]) < 0.5
+
+
+def test_unsure_faces_show_what_they_may_be(folder):
+    code, out, err = predict('photos/ann.jpg', '--unsure', '0.999')
+    label, score, first, same, second, _ = out.splitlines()[1].replace(',', ' ').split()[-6:]
+    assert code == 0 and (label, first) == ('unsure', 'happiness') and score == same and second != first and not err
+    # Of weights without a temperature it is said what P means.
+    save_for_hf(timm.create_model('test_resnet', num_classes=8), folder / 'model', safe_serialization=True,
+                model_config={'label_names': list(EXPRESSIONS_8)})
+    arguments = ('photos/ann.jpg', '--model', 'local-dir:model', '--json')
+    code, out, err = predict(*arguments, '--unsure', '0.999')
+    assert code == 0 and json.loads(out)['faces'][0]['label'] == 'unsure' and 'no temperature comes with' in err
+    assert predict(*arguments)[2] == predict(*arguments, '--unsure', '0.999', '--no-calibration')[2] == ''
 
 
 def test_lines_come_while_later_images_are_still_to_be_read(folder):

@@ -41,7 +41,7 @@ def measure_photographs(
     with tempfile.TemporaryDirectory(prefix='timm-lfnsb-bench') as folder:
         files = [Path(folder, f'{i}.jpg') for i in range(count)]
         for i, file in enumerate(files):  # no two alike
-            Image.fromarray(np.roll(portrait, (i, -i), axis=(0, 1))).save(file, quality=90)
+            Image.fromarray(np.roll(np.asarray(portrait), (i, -i), axis=(0, 1))).save(file, quality=90)
         ways: dict[str, Callable[[Sequence[Path]], list[Any]]] = {
             'loop': lambda part: [recognize(file) for file in part],
             'stream': lambda part: list(recognize.stream(part))}

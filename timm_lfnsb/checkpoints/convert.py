@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -18,8 +18,11 @@ from ..labels import EXPRESSIONS_7, EXPRESSIONS_8
 from ..models.checkpoint_keys import rename_keys
 from ..models.networks import default_cfgs
 from ..util.files import file_sha256
-from .pack import write_folder
+from .pack import check_new, write_folder
 from .pickles import StandIn, load, shown
+
+if TYPE_CHECKING:
+    from ..evaluate.label_order import LabelOrder
 
 LABEL_SETS: dict[str, tuple[str, ...]] = {
     'rafdb': tuple(RAFDB_LABELS.values()),
@@ -42,10 +45,12 @@ class Converted(NamedTuple):
     label_names: tuple[str, ...]  # in the order of the outputs; empty where the network ends at the embedding
     unused: int  # tensors of the authors' modules that their own forward never uses, left out
     foreign: str  # names in the file's pickle of classes and functions that were neither built nor called
+    found: LabelOrder | None = None  # how the order of the outputs was found, where it was
 
 
 def convert(
         source: Path, model: str, out_dir: Path, labels: str | Sequence[str] | None = None, drop: Sequence[str] = (),
+        data_dir: Path | None = None,
 ) -> Converted:
     """Write a timm folder that `timm.create_model('local-dir:OUT_DIR', pretrained=True)` loads.
 
@@ -56,15 +61,20 @@ def convert(
             wrapped, or a whole module.
         model: The network it is of: 'lfnsb', 'lfn_small', 'mfn', 'ddamfn' or 'mobilefacenet'.
         out_dir: Folder to write; must not hold anything yet.
-        labels: Names of the outputs in their order, or one of `LABEL_SETS`; a checkpoint with a classifier needs them.
+        labels: Names of the outputs in their order, or one of `LABEL_SETS`, or 'auto' to find the order from the images
+            in `data_dir` (`find_label_order`); a checkpoint with a classifier needs them.
         drop: What to leave out, by the start of its keys: 'fc' leaves out fc.weight and fc.bias.
 
     Raises:
-        UserError: When the file, the model and the labels do not fit; nothing is written then.
+        UserError: When the file, the model and the labels do not fit, or no order is found; nothing is written then.
     """
     if model not in default_cfgs:
         raise UserError(f'there is no model {model} to convert to{did_you_mean(model, default_cfgs)}: choose one of '
                         f"{', '.join(default_cfgs)}.")
+    auto = labels == 'auto'
+    if auto != (data_dir is not None):
+        raise UserError('labels are found by --labels auto with --data-dir FOLDER: give both of them, or neither.')
+    check_new(out_dir)
     value, foreign = load(source)
     try:
         tensors = leave_out(find_tensors(value), drop)
@@ -77,7 +87,9 @@ def convert(
                 if not fit(tensors, other, num_classes)[2]:
                     raise UserError(f'is of the network {other}, not {model}: give --model {other}.')
             raise UserError(f"does not fit the network {model}: {'; '.join(problems)}.")
-        label_names = resolve_labels(labels, num_classes)
+        if auto and not num_classes:
+            raise UserError('has no classifier, so that no output needs a name: leave out --labels and --data-dir.')
+        label_names = () if auto else resolve_labels(labels, num_classes)
         state = {}
         for key, like in network.state_dict().items():
             # Checkpoints from before torch 0.4.1 lack the counters, which serve nothing here.
@@ -89,9 +101,14 @@ def convert(
         network.load_state_dict(state, strict=True, assign=True)
     except UserError as error:
         raise UserError(f'{source} {error}') from None
+    order = None
+    if data_dir:
+        from ..evaluate.label_order import find_label_order
+        order = find_label_order(network, data_dir)
+        label_names = order.label_names
     network.pretrained_cfg['num_classes'] = num_classes
     write_folder(network, out_dir, label_names, {}, converted_from=dict(file=source.name, sha256=file_sha256(source)))
-    return Converted(label_names, len(tensors) - len(found), foreign)
+    return Converted(label_names, len(tensors) - len(found), foreign, order)
 
 
 # The network inside a file; the messages go on from the file's name
@@ -180,10 +197,10 @@ def resolve_labels(labels: str | Sequence[str] | None, num_classes: int) -> tupl
         sets = [f"{name} ({', '.join(names)})" for name, names in LABEL_SETS.items() if len(names) == num_classes]
         raise UserError(
             f'has a classifier of {num_classes} classes and nothing in it says which: give --labels with '
-            f"{', '.join([*sets, 'all names in the order of its outputs'])}; or leave it out with --drop fc.")
+            f"{', '.join([*sets, 'all names in the order of its outputs', 'auto'])}; or leave it out with --drop fc.")
     if isinstance(labels, str):
         if num_classes > 1 and ',' not in labels and labels not in LABEL_SETS:
             raise UserError(f"has a classifier of {num_classes} classes, and there is no label set {labels}"
-                            f"{did_you_mean(labels, LABEL_SETS)}; there are {', '.join(LABEL_SETS)}.")
+                            f"{did_you_mean(labels, LABEL_SETS)}; there are {', '.join(LABEL_SETS)} and auto.")
         labels = LABEL_SETS.get(labels) or labels.split(',')
     return tuple(name.strip() for name in labels or ())

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import tempfile
@@ -18,11 +19,13 @@ from timm.models import clean_state_dict, save_for_hf
 
 from ..errors import UserError
 from ..labels import model_label_names
+from ..models.temperature import TEMPERATURE_KEY
 from ..train.checkpoints import find_checkpoint, load_checkpoint, run_label_names
 
 
 def pack(
         run: Path, out_dir: Path, labels: Sequence[str] | None = None, ema: bool = True, half: bool = False,
+        calibrate: Path | None = None,
 ) -> dict[str, Any]:
     """Write a timm folder that `timm.create_model('local-dir:OUT_DIR', pretrained=True)` loads.
 
@@ -32,13 +35,15 @@ def pack(
         labels: Label names in the order of training, only where the run itself does not tell them.
         ema: Take the moving average of the weights where the run kept one.
         half: Store kernels and matrices as float16.
+        calibrate: Data folder on whose validation split a temperature is fitted, for config.json.
 
     Returns:
-        What was packed: `checkpoint`, `model`, `epoch`, `ema`, `label_names`, `input_size`.
+        What was packed: `checkpoint`, `model`, `epoch`, `ema`, `label_names`, `input_size`, `temperature` (or None).
 
     Raises:
         UserError: When the checkpoint or the labels do not fit; nothing is written then.
     """
+    check_new(out_dir)
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path)
     args: argparse.Namespace = checkpoint['args']
@@ -58,10 +63,12 @@ def pack(
     model.pretrained_cfg.update(data_config, num_classes=model.num_classes)
     if half:
         half_precision(model)
-    write_folder(model, out_dir, label_names, model_kwargs)
+    temperature = _fit_temperature(model, label_names, calibrate) if calibrate else None
+    write_folder(
+        model, out_dir, label_names, model_kwargs, **({TEMPERATURE_KEY: temperature} if temperature else {}))
     return dict(
         checkpoint=path.name, model=args.model, epoch=checkpoint.get('epoch'), ema=use_ema, label_names=label_names,
-        input_size=data_config['input_size'])
+        input_size=data_config['input_size'], temperature=temperature)
 
 
 def run_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +99,14 @@ def resolve_labels(args: argparse.Namespace, labels: Sequence[str] | None) -> li
     return found or list(labels or [])
 
 
+def _fit_temperature(model: Any, label_names: Sequence[str], data_dir: Path) -> float:
+    from ..evaluate.calibration import fit_temperature
+    from ..evaluate.predictions import predict_folder
+    model = copy.deepcopy(model).float()  # half precision rounds the numbers, but readers calculate in full
+    model.pretrained_cfg['label_names'] = tuple(label_names)
+    return fit_temperature(predict_folder(model, data_dir, 'validation'))
+
+
 def half_precision(model: torch.nn.Module) -> None:
     """Store matrices and kernels as float16; vectors (norms, biases) stay, they are small and need the range."""
     for name, parameter in model.named_parameters():
@@ -99,6 +114,12 @@ def half_precision(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.half()
             if not parameter.isfinite().all():
                 raise UserError(f'{name} has values that float16 cannot hold: pack without --half.')
+
+
+def check_new(out_dir: Path) -> None:
+    """Refuse a folder to write that is there and not empty."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f'{out_dir} is there already: name a new folder.')
 
 
 def write_folder(
@@ -113,8 +134,7 @@ def write_folder(
     Raises:
         UserError: When the folder is there and not empty, or there is not one name for each output.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f'{out_dir} is there already: name a new folder.')
+    check_new(out_dir)
     for key in ('tag', 'license', 'label_names'):  # true of the zoo's own weights alone
         model.pretrained_cfg.pop(key, None)
     if label_names:

@@ -14,6 +14,8 @@ from ..data.prepare import read_description
 from ..errors import UserError
 from ..evaluate.predictions import Predictions, predict_folder
 from ..labels import match_labels
+from ..models.temperature import TEMPERATURE_KEY
+from .pack import check_new
 
 STRENGTHS = np.arange(41) / 20
 """Values of tau that are tried: 0 changes nothing, 1 takes the prior out whole."""
@@ -37,8 +39,7 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
     Raises:
         UserError: When the folder, its classifier or the data cannot be used, or it was rebalanced before.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f'{out_dir} is there already: name a new folder.')
+    check_new(out_dir)
     counts = read_description(data_dir)['splits']['train']['counts']
     predictions = predict_folder(f'local-dir:{folder}', data_dir, split='validation')
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
@@ -57,7 +58,7 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
     log_prior = np.log(class_counts / class_counts.sum())
     correction = choose_strength(predictions, log_prior, cost)
     bias -= bias.new_tensor(correction['tau'] * log_prior)
-    config.pop('temperature', None)  # it was fitted to the outputs as they were
+    config.pop(TEMPERATURE_KEY, None)  # it was fitted to the outputs as they were
     config['prior_correction'] = correction
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}.') as temporary:

@@ -8,10 +8,14 @@ import click
 @click.argument('source', type=click.Path(path_type=Path))
 @click.argument('out_dir', type=click.Path(path_type=Path))
 @click.option('--model', required=True, metavar='NAME', help='lfnsb, lfn_small, mfn, ddamfn or mobilefacenet.')
-@click.option('--labels', metavar='SET|A,B,...', help='What the outputs mean, see above.')
+@click.option('--labels', metavar='SET|auto|A,B,...', help='What the outputs mean, see above.')
+@click.option('--data-dir', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
+              help='For --labels auto: FOLDER/LABEL/IMAGE, or FOLDER/SPLIT/LABEL/IMAGE.')
 @click.option('--drop', multiple=True, metavar='NAME',
               help='Leave out the keys that start with NAME: "fc" for a network without its classifier. Repeatable.')
-def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: tuple[str, ...]) -> None:
+def convert(
+        source: Path, out_dir: Path, model: str, labels: str | None, drop: tuple[str, ...], data_dir: Path | None,
+) -> None:
     """Turn SOURCE, a checkpoint of the authors' code, into a timm folder OUT_DIR for 'local-dir:OUT_DIR'.
 
     SOURCE is a file of torch.save (a state dict, plain or wrapped, or a whole pickled module) or of safetensors.
@@ -26,20 +30,28 @@ def convert(source: Path, out_dir: Path, model: str, labels: str | None, drop: t
       affectnet8  the same and contempt
       ferplus     neutral, happiness, surprise, sadness, anger, disgust, fear, contempt
       A,B,...     any names, in the order of the outputs
+      auto        the order in which the outputs fit labelled faces best
 
     LFNSB's authors train RAF-DB as rafdb and AffectNet as affectnet7 or affectnet8. DDAMFN's authors name all outputs
     in AffectNet's order, for RAF-DB (affectnet7) and FER+ (affectnet8) too. Check the result on labelled faces:
     timm-lfnsb evaluate.
 
+    With --labels auto and --data-dir the order is found from labelled faces, at least ten of each class and better
+    fifty: the names are given to the outputs that they fit best, and refused where fewer than 95 % of 1,000 bootstrap
+    samples of the faces give the same order. The folders must be the classes of the checkpoint, all and no others.
+
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
     """
     from ..checkpoints.convert import convert as convert_file
-    converted = convert_file(source, model, out_dir, labels, drop)
+    converted = convert_file(source, model, out_dir, labels, drop, data_dir)
     click.echo(f'{out_dir}: {model} from {source.name}')
     if converted.label_names:
         click.echo('labels: ' + ', '.join(f'{i} {name}' for i, name in enumerate(converted.label_names)))
     else:
         click.echo('no classifier: it ends at the embedding')
+    if found := converted.found:
+        click.echo(f'found from {found.images} images: {100 * found.share:.1f} % of bootstrap samples give this order, '
+                   f'with which a class has {100 * found.accuracy:.1f} % of its images named right on average')
     if converted.unused:
         click.echo(f"left out, because the authors' code never uses them: {converted.unused} tensors")
     if converted.foreign:

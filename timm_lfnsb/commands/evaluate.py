@@ -25,6 +25,8 @@ import click
 @click.option('--border', default=0., show_default=True, metavar='FRACTION', type=click.FloatRange(min=0),
               help='Repeat the outermost pixels around what is searched.')
 @click.option('--tta', type=click.Choice(['hflip']), help='Average over each image and its mirror image.')
+@click.option('--calibration/--no-calibration', default=True, show_default=True,
+              help="Apply the model's temperature to the probabilities, if it has one, or take plain softmax.")
 @click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
 @click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')
@@ -43,13 +45,15 @@ def evaluate(
 
     A function gets a list of uint8 RGB arrays (H, W, 3) and returns probabilities (N, C); its attribute label_names
     names the C: pydoc timm_lfnsb.evaluate.classifiers shows one. Label folders are matched to the model's classes by
-    name, in any order and with the usual synonyms. Writes metrics.json, predictions.csv, confusion.png and
-    reliability.png; with several models those of the others into a folder each, and compare.json and compare.md: one
+    name, in any order and with the usual synonyms. Writes metrics.json, predictions.csv, confusion.png, reliability.png
+    and coverage.png; with several models those of the others into a folder each, and compare.json and compare.md: one
     table with McNemar's test of each pair and the time of an image. With --detector only detection.json.
     """
     models += (compare,) if compare else ()
-    if detector and (len(models) > 1 or options['tta'] or options['common'] or options['groups']):
-        raise click.UsageError('--compare, --tta, --common-classes and --groups are for crops, without --detector.')
+    if detector and (len(models) > 1 or options['tta'] or options['common'] or options['groups']
+                     or not options['calibration']):
+        raise click.UsageError(
+            '--compare, --tta, --common-classes, --groups and --no-calibration are for crops, without --detector.')
     if detector:
         from ..evaluate.detection import evaluate_detector, format_detection
         click.echo(format_detection(evaluate_detector(

@@ -19,6 +19,10 @@ import click
 @click.option('--margin', default=0., show_default=True, metavar='FRACTION',
               help='Fraction of the found box to add on each side; negative cuts tighter.')
 @click.option('--align', is_flag=True, help='Cut faces out by eyes, nose and mouth in place of their boxes.')
+@click.option('--calibration/--no-calibration', default=True, show_default=True,
+              help='Apply the temperature that comes with the weights, if any, or give plain softmax.')
+@click.option('--unsure', default=0., metavar='P', type=click.FloatRange(0, 1),
+              help='Say "unsure" of faces whose highest probability is below P.')
 @click.option('--json', 'as_json', is_flag=True, help='One JSON object an image a line: its faces, or its error.')
 @click.option('--annotate', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
               help='Write pictures with boxes and probability bars there.')

@@ -15,7 +15,8 @@ from .predictions import Predictions
 TEMPERATURES = (0.05, 100.)
 
 
-def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarray:
+def log_probabilities(predictions: Predictions, temperature: float = 1.) -> np.ndarray:
+    """Log probabilities (N, C), float64, of the logits divided by a temperature."""
     # float32 probabilities of very sure models reach 0.
     smallest = np.finfo(np.float32).tiny
     return log_softmax(np.log(np.maximum(predictions.probabilities.astype(np.float64), smallest)) / temperature, axis=1)
@@ -23,12 +24,12 @@ def _log_probabilities(predictions: Predictions, temperature: float) -> np.ndarr
 
 def scale(predictions: Predictions, temperature: float) -> Predictions:
     """Predictions as they would be with the logits, and so log p as well, divided by a temperature."""
-    return replace(predictions, probabilities=np.exp(_log_probabilities(predictions, temperature)))
+    return replace(predictions, probabilities=np.exp(log_probabilities(predictions, temperature)))
 
 
 def negative_log_likelihood(predictions: Predictions, temperature: float = 1.) -> float:
     """Mean of -log p of the true class, in nats, with the logits divided by a temperature."""
-    chosen = _log_probabilities(predictions, temperature)[np.arange(len(predictions.labels)), predictions.labels]
+    chosen = log_probabilities(predictions, temperature)[np.arange(len(predictions.labels)), predictions.labels]
     return float(-chosen.mean())
 
 

@@ -44,6 +44,7 @@ from torch import nn
 from ..errors import UserError, one_sentence
 from ..labels import LabelError, canonical_name, match_labels
 from ..models.loading import to_device
+from ..models.temperature import model_temperature
 from ..predict.exported import ExportedModel, is_exported
 from ..predict.recognizer import ExpressionRecognizer
 from ..util.timing import interleave, quartiles
@@ -56,10 +57,11 @@ class Classifier:
     """What predictions need of a model, of whatever kind."""
     name: str
     label_names: Sequence[str]  # in the order of the outputs
-    scores: Callable[[Any], Any]  # probabilities (N, C) of transformed images, see `collate`
+    scores: Callable[[Any], Any]  # probabilities (N, C) of transformed images, see `collate`; of models plain softmax
     transform: Callable[[Image.Image], Any] = np.array
     mode: str = 'RGB'  # Pillow's, of the images that `transform` takes
     input_config: dict[str, Any] = field(default_factory=dict)  # timm's input settings, where the model has them
+    temperature: float | None = None  # see `model_temperature`
 
     def probabilities(self, batch: Any) -> np.ndarray:
         """Float32 probabilities (N, C) of a batch of `collate`; UserError where the model fails or gives others."""
@@ -102,9 +104,11 @@ def load_classifier(model: str | nn.Module, device: str = 'auto', threads: int |
         return Classifier(name, names, scores)
     with one_sentence(f'cannot use the model {name}'):
         network = ExpressionRecognizer(
-            ExportedModel(name, threads) if is_exported(name) else model, detector=None, device=device)
+            ExportedModel(name, threads) if is_exported(name) else model, detector=None, device=device,
+            calibration=False)
     return Classifier(
-        name, network.label_names, network.scores, network.transform, network.mode, network.input_config)
+        name, network.label_names, network.scores, network.transform, network.mode, network.input_config,
+        model_temperature(network.model))
 
 
 def _pipeline(source: str, device: str) -> tuple[Sequence[str], Callable[[Any], Any]]:

@@ -41,6 +41,26 @@ def reliability_figure(calibration: Sequence[Mapping[str, Any]], ece: float) -> 
     return figure
 
 
+def coverage_figure(coverage: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw accuracy over the share of images that get an answer, the surest first, from `compute_coverage`."""
+    figure = Figure(figsize=(7, 5), dpi=150, layout='constrained')
+    axes = figure.add_subplot()
+    shares, accuracies = ([100 * row[key] for row in coverage] for key in ('coverage', 'accuracy'))
+    low, high = 100 * np.array([row['accuracy_interval'] for row in coverage]).T
+    axes.fill_between(shares, low, high, alpha=0.2, label='95 % interval')
+    axes.plot(shares, accuracies, 'o-', markersize=4, clip_on=False, label='accuracy')
+    axes.axhline(accuracies[-1], color='0.5', linestyle='--', label='accuracy of all')
+    for row in coverage[1:-1:3]:  # as many thresholds as fit
+        axes.annotate(f"{row['threshold']:.2f}", (100 * row['coverage'], 100 * row['accuracy']), (0, 9),
+                      textcoords='offset points', ha='center')
+    axes.set(xlim=(0, 100), ylim=(max(0, min(low) - 5), max(high) + 5),
+             xlabel='images with an answer, the surest first, in %', ylabel='accuracy of these, in %',
+             title='beside the points: the least of their probabilities')
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', ncols=3)
+    return figure
+
+
 def loss_curves_figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
     """Draw training loss, with the Cosine-Harmony term where there is one, and validation loss: the paper's Figure 5.
 

@@ -91,6 +91,23 @@ def compute_metrics(predictions: Predictions, averaged: Sequence[str] | None = N
     }
 
 
+def compute_coverage(predictions: Predictions) -> list[dict[str, Any]]:
+    """Accuracy of the surest images alone, in steps of 5 % of all, as a list that JSON can hold.
+
+    `threshold` is the least confidence, the highest probability of an image, among the `count` images of a row; others
+    that are just as sure belong to it. `coverage` is their share of all, `accuracy` has Wilson's interval.
+    """
+    total = len(predictions.labels)
+    confidence = predictions.probabilities.max(axis=1)
+    rows = {}
+    for threshold in np.sort(confidence)[::-1][(np.arange(1, 21) * total - 1) // 20]:
+        right = predictions.correct[confidence >= threshold]
+        rows[len(right)] = {
+            'coverage': len(right) / total, 'threshold': float(threshold), 'count': len(right),
+            'accuracy': float(right.mean()), 'accuracy_interval': _wilson(right.sum(), len(right))}
+    return list(rows.values())
+
+
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
     """Compare two models, whose class orders may differ, on the same images.
 
@@ -116,15 +133,6 @@ def compare_predictions(first: Predictions, second: Predictions) -> dict[str, An
         'difference': (only_first - only_second) / total,
         'difference_interval': np.percentile((draws[:, 0] - draws[:, 1]) / total, (2.5, 97.5)).tolist(),
     }
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p values of several tests so that all hold together (Holm, 1979), in their order."""
-    order = np.argsort(p_values)
-    steps = np.sort(p_values) * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
-    return adjusted.tolist()
 
 
 def percent(figures: Mapping[str, Any], key: str, sign: str = '') -> str:

@@ -19,10 +19,12 @@ from ..labels import canonical_name
 from ..util.files import replacing, write_json
 from ..util.text import markdown_table
 from ..version import __version__
+from .calibration import scale
 from .classifiers import counted_classes, load_classifier, measure_latency
-from .figures import confusion_figure, reliability_figure
+from .comparison import holm
+from .figures import confusion_figure, coverage_figure, reliability_figure
 from .groups import group_rows, measure_groups, read_groups
-from .metrics import FIGURES, compare_predictions, compute_metrics, holm, percent
+from .metrics import FIGURES, compare_predictions, compute_coverage, compute_metrics, percent
 from .predictions import Predictions, folder_name, labelled_images, predict_folder
 
 PACKAGES = ('torch', 'timm', 'torchvision', 'pillow', 'numpy', 'scikit-learn', 'scipy')
@@ -32,13 +34,16 @@ FIGURE_NAMES = [key.replace('_', ' ') for key in FIGURES]
 def evaluate_folder(
         models: str | Sequence[str], data_dir: str | Path, out_dir: str | Path, split: str = 'test',
         tta: str | None = None, common: bool = False, groups: str | Path | None = None, seconds: float = 2.,
-        device: str = 'auto', **options: Any,
+        calibration: bool = True, device: str = 'auto', **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Evaluate models on DATA_DIR/SPLIT, with options as for `predict_folder`, and write the report into a folder.
 
-    Writes metrics.json, predictions.csv, confusion.png and reliability.png of the first model; of each other one into
-    a folder of its own, NUMBER-NAME, and compare.json and compare.md of all. Files of these names are replaced, each as
-    a whole.
+    Writes metrics.json, predictions.csv, confusion.png, reliability.png and coverage.png of the first model; of each
+    other one into a folder of its own, NUMBER-NAME, and compare.json and compare.md of all. Files of these names are
+    replaced, each as a whole.
+
+    Probabilities are calibrated by the model's temperature (with `tta`, after the mean), unless none is known or
+    `calibration` is off; metrics.json says so in `temperature` and `calibrated`, and has `ece_plain` of plain softmax.
 
     Args:
         models: Names for `load_classifier`.
@@ -55,9 +60,9 @@ def evaluate_folder(
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
     names = [models] if isinstance(models, str) else models
+    classifiers = [load_classifier(name, device) for name in names]
     files = labelled_images(data_dir, split)
     counts = Counter(map(folder_name, files))
-    classifiers = [load_classifier(name, device) for name in names]
     classes = counted_classes(classifiers, counts, common)
     counted = [file for file in files if canonical_name(folder_name(file)) in classes]
     of_image = read_groups(groups, files, counted) if groups else None
@@ -70,14 +75,20 @@ def evaluate_folder(
     out_dir.mkdir(parents=True, exist_ok=True)
     predictions = [predict_folder(classifier, data_dir, split, tta, classes=classes if common else None, **options)
                    for classifier in classifiers]
+    plain = [compute_metrics(predicted)['ece'] for predicted in predictions]
+    if calibration:
+        predictions = [scale(predicted, classifier.temperature) if classifier.temperature else predicted
+                       for classifier, predicted in zip(classifiers, predictions, strict=True)]
     measured = [{
-        'model': classifier.name, **compute_metrics(predicted), **setting,
+        'model': classifier.name, **compute_metrics(predicted), 'coverage': compute_coverage(predicted),
+        'ece_plain': ece_plain, 'temperature': classifier.temperature,
+        'calibrated': calibration and classifier.temperature is not None, **setting,
         'left_out': {'images': {name: count for name, count in counts.items() if canonical_name(name) not in classes},
                      'outputs': [name for name in classifier.label_names if name not in predicted.label_names]},
         'image_size': [*classifier.input_config.get('input_size', ())[1:]],
         'preprocessing': {key: value for key, value in classifier.input_config.items() if key != 'input_size'},
         **({'groups': measure_groups(predicted, of_image)} if of_image else {}),
-    } for classifier, predicted in zip(classifiers, predictions, strict=True)]
+    } for classifier, predicted, ece_plain in zip(classifiers, predictions, plain, strict=True)]
     comparison = None
     if len(names) > 1:
         indices = [*combinations(range(len(names)), 2)]
@@ -108,10 +119,20 @@ def _write_report(folder: Path, metrics: dict[str, Any], predictions: Prediction
                 predictions.files, predictions.labels, predictions.predicted, predictions.probabilities, strict=True):
             writer.writerow([image, names[label], names[predicted], *row])
     for name, figure in (('confusion.png', confusion_figure(metrics['confusion'], names)),
-                         ('reliability.png', reliability_figure(metrics['calibration'], metrics['ece']))):
+                         ('reliability.png', reliability_figure(metrics['calibration'], metrics['ece'])),
+                         ('coverage.png', coverage_figure(metrics['coverage']))):
         with replacing(folder / name) as path:
             figure.savefig(path)
     write_json(folder / 'metrics.json', metrics)
+
+
+def _probabilities(metrics: dict[str, Any]) -> str:
+    """What the probabilities are, in a sentence."""
+    if metrics['calibrated']:
+        return (f"probabilities with the model's temperature {metrics['temperature']:.3f}; as plain softmax they have "
+                f"an ece of {percent(metrics, 'ece_plain')} %")
+    return 'probabilities are plain softmax' + (
+        '' if metrics['temperature'] else ': no temperature comes with the model (pack --calibrate fits one)')
 
 
 def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = None) -> str:
@@ -125,6 +146,9 @@ def format_metrics(metrics: dict[str, Any], comparison: dict[str, Any] | None = 
         table([[name, percent(metrics, key)] for name, key in zip(FIGURE_NAMES, FIGURES, strict=True)]),
         table(classes, ['class', 'count', 'precision', 'recall', 'F1']),
         'percent, with 95 % intervals; averages over the classes that occur',
+        table([[f"{100 * row['coverage']:.0f} %", percent(row, 'accuracy'), f"{row['threshold']:.3f}"]
+               for row in metrics['coverage'][1::2]], ['surest images', 'accuracy', 'predict --unsure']),
+        _probabilities(metrics),
     ]
     parts += [format_comparison(comparison)] if comparison else _notes([metrics])
     return '\n\n'.join(parts)

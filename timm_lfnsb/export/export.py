@@ -24,6 +24,7 @@ from torch import nn
 
 from ..errors import UserError, one_sentence
 from ..labels import model_label_names
+from ..models.temperature import TEMPERATURE_KEY, model_temperature
 from ..predict.exported import INPUT_KEYS, SUFFIXES, ExportedModel
 from ..predict.images import find_images, read_image
 from ..predict.recognizer import input_config
@@ -122,7 +123,8 @@ def _check_arguments(out: Path, batch: int | None, precision: str, calibrate: An
         if not condition:
             raise UserError(message)
 
-    need(out.suffix in SUFFIXES, f"no format has files like {out}: end the name in one of {', '.join(SUFFIXES)}.")
+    need(out.suffix in SUFFIXES, f"no format has files like {out}: end the name in one of {', '.join(SUFFIXES)}, or "
+                                 'give --format web for a folder with a page.')
     format = SUFFIXES[out.suffix]
     need(out.absolute().parent.is_dir(), f'there is no folder {out.absolute().parent}: make it first.')
     need(format != 'executorch' or (batch is not None and precision == 'fp32'),
@@ -142,6 +144,7 @@ def _metadata(model: nn.Module, config: dict[str, Any], precision: str, with_pre
         'timm_lfnsb': __version__,
         'label_names': model_label_names(model) if cfg.get('label_names') else None,
         'license': cfg.get('license') or None,
+        TEMPERATURE_KEY: model_temperature(model),
         **{key: config[key] for key in INPUT_KEYS},
     }
     return {key: value if isinstance(value, str) else json.dumps(value)

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..labels import EXPRESSIONS_8, canonical_name, model_label_names
 from ..models.loading import load_model
 from ..models.networks import default_cfgs
+from ..models.temperature import model_temperature
 from ..train.history import runs_table
 from ..util.files import replacing
 from ..util.machine import processor
@@ -78,7 +79,7 @@ def render_card_for_folder(
             repo_id.partition('/')[2] if repo_id else Path(path).resolve().name, model.pretrained_cfg['architecture'],
             labels, {measured['split']: measured} if measured else {}, repo_id, dict(license=license),
             dataset=('own', 'own data'), timm_name='local-dir:FOLDER', cfg=model.pretrained_cfg, info={},
-            params=sum(parameter.numel() for parameter in model.parameters()))
+            params=sum(parameter.numel() for parameter in model.parameters()), temperature=model_temperature(model))
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{metrics} is no metrics.json of timm-lfnsb evaluate.') from None
 

@@ -17,6 +17,7 @@ from ..checkpoints.rebalance import rebalance
 from ..data.prepare import read_description
 from ..errors import UserError
 from ..models.loading import load_model
+from ..models.temperature import TEMPERATURE_KEY
 from ..train.checkpoints import find_checkpoint, load_checkpoint
 from ..train.history import clean_settings, find_recipe, read_curve
 from ..util.files import file_sha256, write_json
@@ -196,7 +197,9 @@ def ship_rebalanced(
 
 def write_embedded(name: str, folder: Path) -> None:
     """Write embedded weights as a timm folder, with the very file whose SHA-256 is known."""
+    info = checked_info(name)
+    known = {TEMPERATURE_KEY: info['temperature']} if 'temperature' in info else {}
     save_for_hf(
-        timm.create_model(name), str(folder), model_config={'label_names': checked_info(name)['label_names']},
+        timm.create_model(name), str(folder), model_config={'label_names': info['label_names'], **known},
         safe_serialization=True)
     shutil.copyfile(WEIGHTS_DIR / f'{name}.safetensors', folder / 'model.safetensors')

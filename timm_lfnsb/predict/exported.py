@@ -1,7 +1,8 @@
 """Exported files, run in the runtime they were made for: ONNX Runtime, OpenVINO, torch.export and ExecuTorch.
 
-A file carries what its user has to know, as strings, lists as JSON: `model`, `label_names`, `INPUT_KEYS`, `precision`
-and `input`, which is 'normalized' for float32 (B, C, H, W) or 'uint8' for RGB (B, H, W, C).
+A file carries what its user has to know, as strings, lists as JSON: `model`, `label_names`, `INPUT_KEYS`, `precision`,
+`input`, which is 'normalized' for float32 (B, C, H, W) or 'uint8' for RGB (B, H, W, C), and, where it is known,
+`TEMPERATURE_KEY`: outputs are logits that were not divided by it.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, one_sentence
+from ..models.temperature import TEMPERATURE_KEY, check_temperature
 
 SUFFIXES = {'.onnx': 'onnx', '.xml': 'openvino', '.pt2': 'torch-export', '.pte': 'executorch'}
 """File suffix -> format, as `timm-lfnsb export --format` names it."""
@@ -56,6 +58,8 @@ class ExportedModel:
             self._run, self.metadata, batch = _OPEN[self.path.suffix](self.path, threads)
         self.batch_size = batch if isinstance(batch, int) and batch > 0 else None
         self._threads = threads
+        known = self.value(TEMPERATURE_KEY) if TEMPERATURE_KEY in self.metadata else None
+        self.softmax_temperature = check_temperature(known, self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self._threads)

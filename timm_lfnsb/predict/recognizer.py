@@ -1,6 +1,7 @@
 """From pictures to expressions: detection, crops and the network behind one call."""
 from __future__ import annotations
 
+import copy
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from ..errors import UserError, reason
-from ..labels import canonical_name, model_label_names
+from ..labels import UNSURE, canonical_name, model_label_names
 from ..models.loading import load_model, to_device
+from ..models.temperature import model_temperature
 from .exported import INPUT_KEYS, ExportedModel, is_exported
 from .faces import (
     FERPLUS_TEMPLATE,
@@ -32,7 +34,9 @@ from .faces import (
     crop_size,
     crop_upright,
 )
+from .frames import VideoInput, open_footage
 from .images import ImageError, ImageInput, read_image
+from .tracking import Tracks, VideoFrame, follow
 
 Detector = Callable[[np.ndarray], Any]
 _Prepared = list[tuple[dict[str, Any], torch.Tensor]] | ImageError
@@ -43,8 +47,8 @@ class Face:
     """One face and its expression."""
 
     box: Box  # x, y, width, height in pixels of the upright image
-    label: str  # name of the most probable expression
-    score: float  # its probability
+    label: str  # name of the most probable expression, or `UNSURE`
+    score: float  # probability of the most probable expression
     probabilities: dict[str, float]  # of every expression by name, in the order of the model's outputs
     detection_score: float | None = None  # how sure the detector is, where it says so
     points: tuple[tuple[float, float], ...] | None = None  # eyes, nose tip, mouth corners (x, y), where it gives them
@@ -89,6 +93,9 @@ class ExpressionRecognizer:
         batch_size: Number of faces that go through the network together.
         workers: Threads that read images and search them beside the network, 0 for none; by default one a core, at
             most four.
+        calibration: Divide the logits by the temperature that comes with the weights, where there is one
+            (`model_temperature`): scores come closer to how often they are right. Else scores are plain softmax.
+        unsure: Call faces whose score is below this 'unsure', 0 for none.
         device: A torch device, or 'auto' for CUDA, else Apple's MPS, else the CPU. Exported files take the CPU only.
 
     Raises:
@@ -100,7 +107,7 @@ class ExpressionRecognizer:
             self, model: str | PathLike[str] | nn.Module | ExportedModel = 'lfnsb',
             detector: str | Detector | None = 'yunet', margin: float = 0., batch_size: int = 8,
             device: str | torch.device = 'auto', align: bool = False, min_score: float = 0.7, turn: bool = True,
-            workers: int | None = None,
+            workers: int | None = None, calibration: bool = True, unsure: float = 0.,
     ) -> None:
         if not -0.5 < margin <= 2:
             raise ValueError(f'margin must be above -0.5 and at most 2, got {margin}.')
@@ -110,6 +117,8 @@ class ExpressionRecognizer:
             raise ValueError('margin widens boxes, and align cuts by five points: give one of them.')
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
+        if not 0 <= unsure <= 1:
+            raise ValueError(f'unsure is a probability, from 0 to 1, not {unsure}.')
         if detector == 'haar':
             raise ValueError("the detector 'haar' is gone, 'yunet' finds more: leave the argument out.")
         if isinstance(detector, str) and detector != 'yunet':
@@ -119,7 +128,8 @@ class ExpressionRecognizer:
         self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
         if isinstance(model, (str, PathLike)):
             model = ExportedModel(model) if is_exported(model) else load_model(str(model), inference=True)
-        self.model = model
+        self.model, self.unsure = model, unsure
+        self.temperature = model_temperature(model) if calibration else None
         if isinstance(model, ExportedModel):
             if str(device) not in ('auto', 'cpu'):
                 raise ValueError(f"exported files run on the CPU here, not on '{device}': leave the device out.")
@@ -180,6 +190,30 @@ class ExpressionRecognizer:
                 yield from self._recognize(pending, crops)
                 pending, crops = [], []
         yield from self._recognize(pending, crops)
+
+    def video(
+            self, source: VideoInput, fps: float | None = None, smooth: float = 0.5, patience: float = 1.,
+            folder_rate: float = 25.,
+    ) -> Iterator[VideoFrame]:
+        """Yield the frames of a moving picture with the people in them, a frame at a time, in bounded memory.
+
+        Every frame is searched. Where no upright face is sure, `turn` searches it three times more: real time needs
+        `turn=False`.
+
+        Args:
+            source, fps, folder_rate: See `open_footage`.
+            smooth, patience: See `Tracks`.
+
+        Raises:
+            ValueError: When an argument is out of range.
+            UserError: When the source cannot be opened, or the extra `video` is not installed.
+        """
+        footage = open_footage(source, fps, folder_rate)
+        recognizer = self
+        if footage.live:  # each frame is wanted before the next one is there
+            recognizer = copy.copy(self)
+            recognizer.batch_size, recognizer.workers = 1, min(1, self.workers)
+        return follow(footage.frames, recognizer.stream, Tracks(footage.rate, smooth, patience), self.unsure)
 
     def _prepared(self, images: Iterable[ImageInput]) -> Iterator[_Prepared]:
         """What `_find` gives for each image in order, some ahead in a pool."""
@@ -276,7 +310,8 @@ class ExpressionRecognizer:
         def face(place: dict[str, Any]) -> Face:
             named = dict(zip(self.label_names, next(scores), strict=True))
             label = max(named, key=named.__getitem__)
-            return Face(label=label, score=named[label], probabilities=named, **place)
+            score = named[label]
+            return Face(label=label if score >= self.unsure else UNSURE, score=score, probabilities=named, **place)
 
         return [found if isinstance(found, ImageError) else [face(place) for place in found] for found in pending]
 
@@ -293,7 +328,7 @@ class ExpressionRecognizer:
         if logits.shape != (len(batch), len(self.label_names)):
             raise UserError(f'the model gives outputs {tuple(logits.shape)} for {len(batch)} face(s) and has '
                             f'{len(self.label_names)} label names: it is no classifier, or the names are wrong.')
-        scores = logits.float().softmax(dim=1)
+        scores = (logits.float() / (self.temperature or 1.)).softmax(dim=1)
         if not scores.isfinite().all():
             raise UserError('the model gave scores that are not finite: its weights are damaged.')
         return scores.tolist()

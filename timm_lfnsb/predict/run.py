@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..labels import UNSURE
 from ..util.files import replacing
 from .annotate import annotation_paths, draw_faces
 from .images import ImageError, find_images
@@ -23,6 +24,8 @@ from .recognizer import ExpressionRecognizer, Face
 
 Kind: TypeAlias = Literal['result', 'hint', 'problem']
 
+PLAIN = ('no temperature comes with these weights, so the scores that --unsure looks at are plain softmax, which may '
+         'be too sure or not sure enough.')
 HINT = ('where an image is a crop of a face already, --detector none takes it whole; --min-score 0.5 also finds faint '
         'faces, and a larger or brighter picture shows more of them.')
 
@@ -59,6 +62,8 @@ def predict_lines(
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # large pictures are wanted here
     targets = annotation_paths(found, annotate) if annotate else []
     yield from ((problem, 'problem') for problem in problems)
+    if recognizer.unsure and recognizer.temperature is None and settings.get('calibration', True):
+        yield PLAIN, 'hint'
 
     names = [_one_line(format_filename(path)) for path, _ in found]
     width, label_width = max(map(len, ('image', *names))), max(map(len, ('expression', *recognizer.label_names)))
@@ -68,7 +73,7 @@ def predict_lines(
     # Progress on a terminal only, and not for a few single images.
     bar = tqdm(found, unit='image', leave=False, disable=None if len(found) > 10 else True)
     done = without = 0
-    with _interrupt() as interrupted:
+    with first_interrupt() as interrupted:
         paths = takewhile(lambda _: not interrupted.is_set(), (path for path, _ in bar))
         for done, faces in enumerate(recognizer.stream(paths), 1):
             path = found[done - 1][0]
@@ -96,7 +101,7 @@ def predict_lines(
 
 
 @contextmanager
-def _interrupt() -> Iterator[threading.Event]:
+def first_interrupt() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second one interrupts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -124,7 +129,8 @@ def _cells(faces: Sequence[Face]) -> Iterator[tuple[str, ...]]:
         yield '-', 'no face found', '', '', ''
     for number, face in enumerate(faces, 1):
         x, y, width, height = face.box
-        second = ' '.join(f'{name} {value:.2f}' for value, name in sorted(
-            ((value, name) for name, value in face.probabilities.items()), reverse=True)[1:2])
+        # Where the face is unsure, what it may be stands among the runners-up.
+        second = ', '.join(f'{name} {value:.2f}' for value, name in sorted(
+            ((value, name) for name, value in face.probabilities.items()), reverse=True)[face.label != UNSURE:2])
         turned = f' turned {face.turn}' if face.turn else ''
         yield str(number), f'{x},{y} {width}x{height}{turned}', face.label, f'{face.score:.2f}', second

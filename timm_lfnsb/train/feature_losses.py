@@ -70,7 +70,8 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f'the weight must be a number above 0, not {number}.')
     except ValueError as error:
-        raise UserError(f'--feature-loss {text} ({_FORM}): {error}') from None
+        reason = str(error).rstrip('.')
+        raise UserError(f'--feature-loss {text} ({_FORM}): {reason}.') from None
     return name, {'weight': float(weight), **settings}
 
 
