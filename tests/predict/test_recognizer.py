@@ -19,6 +19,7 @@ from timm.models import save_for_hf
 from torch.utils.data import DataLoader
 
 from timm_lfnsb import ExpressionRecognizer
+from timm_lfnsb.data.images import ImageError
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.export.export import export_model
 from timm_lfnsb.labels import EXPRESSIONS_8
@@ -30,7 +31,6 @@ from timm_lfnsb.predict.faces import (
     aligned_box,
     crop_upright,
 )
-from timm_lfnsb.predict.images import ImageError
 
 
 def probabilities(model: torch.nn.Module, face: np.ndarray) -> dict[str, float]:

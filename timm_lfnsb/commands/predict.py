@@ -37,7 +37,7 @@ def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: An
     """
     if not images and not sample:
         raise click.UsageError('give images or folders of images, or --sample.')
-    from ..predict.images import sample_picture
+    from ..data.images import sample_picture
     from ..predict.run import predict_lines
     if sample:
         images = (*images, sample_picture())

@@ -14,14 +14,16 @@ from typing import Any, overload
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import nn
 
+from ..data.images import ImageError, ImageInput, read_image
 from ..errors import UserError, reason
+from ..export.exported import INPUT_KEYS, ExportedModel, is_exported
 from ..labels import UNSURE, canonical_name, model_label_names
+from ..models.input_config import input_config
 from ..models.loading import load_model, to_device
 from ..models.temperature import model_temperature
-from .exported import INPUT_KEYS, ExportedModel, is_exported
 from .faces import (
     FERPLUS_TEMPLATE,
     Box,
@@ -35,7 +37,6 @@ from .faces import (
     crop_upright,
 )
 from .frames import VideoInput, open_footage
-from .images import ImageError, ImageInput, read_image
 from .tracking import Tracks, VideoFrame, follow
 
 Detector = Callable[[np.ndarray], Any]
@@ -58,16 +59,6 @@ class Face:
         """Plain lists, strings and numbers, ready for JSON."""
         points = self.points and [list(point) for point in self.points]
         return {**asdict(self), 'box': list(self.box), 'points': points}
-
-
-def input_config(model: nn.Module) -> dict[str, Any]:
-    """timm's input settings of a model, for as many channels as it takes."""
-    config = resolve_model_data_config(model)
-    chans = getattr(model, 'in_chans', config['input_size'][0])
-    config['input_size'] = (chans, *config['input_size'][1:])
-    if chans != len(config['mean']):  # as timm's loaders do when the config still has the values of RGB weights
-        config.update({key: (sum(config[key]) / len(config[key]),) * chans for key in ('mean', 'std')})
-    return config
 
 
 class ExpressionRecognizer:
