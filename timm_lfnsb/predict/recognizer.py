@@ -132,7 +132,8 @@ class ExpressionRecognizer:
         self.temperature = model_temperature(model) if calibration else None
         if runtime == 'onnxruntime' or isinstance(model, ExportedModel):
             if str(device) not in ('auto', 'cpu'):
-                raise ValueError(f"exported files run on the CPU here, not on '{device}': leave the device out.")
+                raise ValueError(
+                    f"exported files and ONNX Runtime run on the CPU here, not on '{device}': leave the device out.")
             device = 'cpu'
         if isinstance(model, ExportedModel):
             if runtime == 'onnxruntime' and model.path.suffix != '.onnx':
