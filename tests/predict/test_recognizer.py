@@ -361,7 +361,7 @@ def test_runtimes(exported, portrait, tmp_path, monkeypatch, faster):
                 for [face] in pool.map(other, [portrait] * 8):
                     assert face.probabilities == near(expected.probabilities, 1e-4)
     whole = ExpressionRecognizer(model, detector=None, runtime='onnxruntime', calibration=False)
-    assert whole(portrait)[0].probabilities == near(probabilities(exported[1], portrait), 1e-4)
+    assert whole(portrait)[0].probabilities == near(probabilities(exported[1].eval(), portrait), 1e-4)
 
 
 def test_exported_files_that_cannot_be_used(exported, portrait, tmp_path):
