@@ -99,12 +99,13 @@ def find_pictures(source: str, column: str = 'image') -> tuple[Source, pa.Array]
                 raise UserError(f'there is no {source}.')
             folder, slash, _ = source[:wild.start()].rpartition('/')
             system, path, prefix = locate(folder + slash or '.')
-            files = ArrowFSWrapper(system).glob(f'{path.rstrip("/")}/{source[len(folder + slash):]}')
+            found = ArrowFSWrapper(system).glob(f'{path.rstrip("/")}/{source[len(folder + slash):]}')
+            files = [file for file in found if not PurePath(file).name.startswith('.')]
         elif kind == pafs.FileType.Directory:
             found = [info.path for info in system.get_file_info(pafs.FileSelector(path, recursive=True))
-                     if info.is_file and not info.base_name.startswith(('.', '_'))]
+                     if info.is_file and not info.base_name.startswith('.')]
             files = ([file for file in found if _suffix(file) in IMAGE_SUFFIXES]
-                     or [file for file in found if _suffix(file) == '.parquet'])
+                     or [file for file in found if _suffix(file) == '.parquet' and not PurePath(file).name.startswith('_')])
         elif _suffix(path) in {*IMAGE_SUFFIXES, '.parquet'}:
             files = [path]
         else:
