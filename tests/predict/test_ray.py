@@ -94,7 +94,9 @@ def test_two_thousand_pictures_and_a_worker_killed(cluster, portrait, tmp_path):
             continue
         assert {key: row[key] for key in ('box', 'label', 'turn')} == {
             'box': list(face.box), 'label': face.label, 'turn': face.turn}
-        assert row['detection_score'] == face.detection_score and row['score'] == face.score
+        assert row['detection_score'] == face.detection_score
+        # Other faces share the network's batch: the last bit may differ.
+        assert row['score'] == pytest.approx(face.score, abs=1e-6)
         assert row['probabilities'] == pytest.approx(face.probabilities, abs=1e-6)
 
 
@@ -131,8 +133,8 @@ def test_parquet_and_what_ends_a_run(cluster, portrait, tmp_path, monkeypatch):
     found = {row['path'].rpartition('#')[2]: row for row in rows(tmp_path / 'out')}
     assert found['7']['error'] == 'not an image, or damaged.' and found['12']['error'] == 'the row has no picture.'
     assert [number for number, row in found.items() if row['label']] == ['0', '4', '8']
-    code, _, err = score(folder, tmp_path / 'gpu', '--gpus', 0.5)
-    assert code == 1 and 'Ray has 2 cores and 0 GPUs' in err and err.count('\n') == 1 or cluster.cluster_resources().get('GPU')
+    code, _, err = score(folder, tmp_path / 'gpu', '--gpus', 99)
+    assert code == 1 and 'too few for a worker with 1 and 99' in err and err.count('\n') == 1
 
     # Another run takes the folder over while workers start: this one ends, and writes nothing.
     from timm_lfnsb.predict.parquet import Results
@@ -150,7 +152,7 @@ def test_pipeline_of_ones_own(cluster, portrait, tmp_path):
     from timm_lfnsb.predict.ray import RecognizeBatch
     folder = make(tmp_path / 'photos', portrait, 12)
     data = cluster.data.read_binary_files(str(folder), include_paths=True).map_batches(
-        RecognizeBatch, fn_constructor_args=('bytes',), batch_size=5, compute=ActorPoolStrategy(size=2), num_cpus=1)
+        RecognizeBatch, fn_constructor_args=('bytes',), batch_size=5, compute=ActorPoolStrategy(size=1), num_cpus=1)
     found = sorted(data.take_all(), key=lambda row: row['path'])
     assert [row['path'][-8:] for row in found] == [f'{number:04}.png' for number in range(12)]
     assert [number for number, row in enumerate(found) if row['label']] == [0, 4, 8]
@@ -175,7 +177,7 @@ def test_batches_of_every_kind(portrait, recognize, tmp_path):
     assert left['label'] and right['label'] and left['box'] != right['box'] and none['label'] is error['label'] is None
     assert error['error'].startswith('an image is a path, bytes') and none['error'] is None
     assert len(step({'image': images[:2]})) == 2
-    with pytest.raises(ValueError, match='rename or drop .* label'):
+    with pytest.raises(ValueError, match=r'rename or drop .* label'):
         step({'image': images[:1], 'label': np.arange(1)})
     with pytest.raises(ValueError, match='no column image of pictures among id'):
         step({'id': np.arange(1)})

@@ -11,7 +11,6 @@ from timm_lfnsb.errors import UserError  # noqa: E402
 from timm_lfnsb.predict.images import ImageError  # noqa: E402
 from timm_lfnsb.predict.sources import Source, find_pictures, locate  # noqa: E402
 
-
 ALL = ['_DSC1.jpg', 'a.PNG', 'b.jpg', 'trip/a.jpg', 'trip/deep/x#1 ü.jpg']
 
 
@@ -48,7 +47,7 @@ def test_parquet(folder):
     """Rows over the ends of row groups (7) and of batches (8), in a folder of two files of different types."""
     contents = [bytes([65 + i]) for i in range(26)]
     parquet(folder / 'data' / 'b.parquet', contents, pa.large_binary())
-    parquet(folder / 'data' / 'a.parquet', [{'bytes': b'first', 'path': 'x.jpg'}, None, {'bytes': None, 'path': 'y.jpg'}],
+    parquet(folder / 'data' / 'a.parquet', [{'bytes': b'first', 'path': 'x'}, None, {'bytes': None, 'path': 'y'}],
             pa.struct({'bytes': pa.binary(), 'path': pa.string()}), label=pa.array([1, 2, 3]))
     for source in ('data', 'data/*.parquet'):
         pictures, names = find_pictures(source)

@@ -39,9 +39,10 @@ class RecognizeBatch:
 
         >>> pictures = ray.data.read_binary_files('s3://bucket/photos', include_paths=True)
         >>> faces = pictures.map_batches(
-        ...     RecognizeBatch, fn_constructor_args=('bytes',), batch_size=64, compute=ActorPoolStrategy(size=4), num_cpus=1)
+        ...     RecognizeBatch, fn_constructor_args=('bytes',), batch_size=64, compute=ActorPoolStrategy(size=3))
 
-    A row has the fields of `face_rows` and the other columns of its picture.
+    A row has the fields of `face_rows` and the other columns of its picture. Workers that take all cores wait for ever
+    for pictures: leave one to the reading.
 
     Args:
         column: The pictures: paths, encoded bytes, {bytes, path} as Hugging Face's `datasets` has them, or arrays.
@@ -96,7 +97,7 @@ def score(
     yield from ((problem, 'hint') for problem in results.problems)
     left = names.filter(pc.invert(pc.is_in(names, results.done)))
     before, counts, start = len(names) - len(left), Counter[str](), time.perf_counter()
-    results.done = None  # not for the workers
+    del results.done  # not for the workers
     if not len(left):
         yield f'All {before} pictures have their rows in {out}.', 'result'
         return
@@ -117,7 +118,7 @@ def score(
         except ray.exceptions.RayError as error:
             raise UserError(f'Ray gave up: {str(error).strip().splitlines()[-1]}') from error
         except KeyboardInterrupt:
-            yield f'Interrupted after {counts["pictures"]} of {len(left)} pictures: the same command goes on.', 'problem'
+            yield f'Interrupted after {counts["pictures"]} of {len(left)} pictures: call it again to go on.', 'problem'
             return
     seconds = time.perf_counter() - start
     yield (f'{counts["pictures"]} pictures and {counts["faces"]} faces; {counts["without"]} pictures without a face, '

@@ -1,4 +1,4 @@
-"""Where many pictures lie: folders, patterns, lists and Parquet, on any file system that pyarrow reads (extra `ray`)."""
+"""Many pictures: in folders, patterns, lists and Parquet, on any file system that pyarrow reads (extra `ray`)."""
 from __future__ import annotations
 
 import os
@@ -105,7 +105,7 @@ def find_pictures(source: str, column: str = 'image') -> tuple[Source, pa.Array]
             found = [info.path for info in system.get_file_info(pafs.FileSelector(path, recursive=True))
                      if info.is_file and not info.base_name.startswith('.')]
             files = ([file for file in found if _suffix(file) in IMAGE_SUFFIXES]
-                     or [file for file in found if _suffix(file) == '.parquet' and not PurePath(file).name.startswith('_')])
+                     or [file for file in found if _suffix(file) == '.parquet'])
         elif _suffix(path) in {*IMAGE_SUFFIXES, '.parquet'}:
             files = [path]
         else:
@@ -118,7 +118,7 @@ def find_pictures(source: str, column: str = 'image') -> tuple[Source, pa.Array]
                  for row in range(_row_count(system, file, column) if parquet else 1))
         array = pa.array(names, pa.string()).unique()
     if not len(array):
-        raise UserError(f'{source} has no pictures: give a folder, a pattern, a text file with a path a line, or Parquet.')
+        raise UserError(f'{source} has no pictures: give a folder, a pattern, a text file of paths, or Parquet.')
     return Source(system, prefix, column if parquet else None), array
 
 
