@@ -32,7 +32,7 @@ def score(*args) -> tuple[int, str, str]:
 def cluster():
     """Ray, started once: it takes seconds."""
     ray = pytest.importorskip('ray', reason=NEEDS)
-    os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+    os.environ.update(RAY_USAGE_STATS_ENABLED='0', RAY_worker_niceness='0')  # else others' load starves workers
     ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
     yield ray
     ray.shutdown()

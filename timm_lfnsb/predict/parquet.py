@@ -68,7 +68,7 @@ class Results:
                 parts = pool.map(self._names, [
                     info.base_name for info in files
                     if info.base_name.endswith('.parquet') and not info.base_name.startswith(('.', '_'))])
-                self.done = pa.chunked_array(parts, pa.string())
+                self.done = pa.chunked_array(parts, pa.large_string())
 
     def _names(self, name: str) -> pa.Array:
         with self.system.open_input_file(f'{self.path}/{name}') as file:
@@ -80,12 +80,12 @@ class Results:
             self.system.move(f'{self.path}/{name}', f'{self.path}/_{name}.damaged')
             self.problems.append(f'{name} in {self.folder} is damaged: it is now _{name}.damaged, and its pictures are '
                                  'done again.')
-            return pa.array([], pa.string())
+            return pa.array([], pa.large_string())
         settings = (parquet.metadata.metadata or {}).get(_SETTINGS, self.settings.encode()).decode()
         if names is None or settings != self.settings:
             raise UserError(f'{name} in {self.folder} was made by something else or with other settings ({settings}): '
                             'give another folder.')
-        return names.cast(pa.string())
+        return names.cast(pa.large_string())
 
     def write(self, table: pa.Table) -> None:
         """Add rows, all or none of them; those of the same pictures in the same order are replaced.

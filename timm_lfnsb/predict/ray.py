@@ -89,7 +89,7 @@ def score(
     """
     try:  # here first: what is wrong is said once, and the workers get the model as it is here
         recognizer = ExpressionRecognizer(
-            os.path.abspath(model) if is_exported(model) else model, device='cpu', **settings)
+            os.path.abspath(model) if is_exported(model) else model, batch_size=batch_size, device='cpu', **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
     pictures, names = find_pictures(source, image_column)
@@ -106,7 +106,7 @@ def score(
     with _connected(address, workers), tqdm(total=len(left), unit='picture', leave=False, disable=None) as bar:
         workers = _room(workers, gpus)
         size = min(_BLOCK, math.ceil(len(left) / (4 * workers)))
-        blocks = [pa.table({'path': left[i:i + size]}) for i in range(0, len(left), size)]
+        blocks = [pa.table({'path': left[i:i + size].cast(pa.string())}) for i in range(0, len(left), size)]
         try:
             for row in ray.data.from_arrow(blocks).map_batches(
                     _Score, fn_constructor_args=(pictures, results, settings), batch_size=None, batch_format='pyarrow',
@@ -171,8 +171,9 @@ def _connected(address: str | None, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')
+    # No statistics to Ray's makers, no alarms about its own ways, and workers that are as nice as `predict`.
+    for name, value in {'USAGE_STATS_ENABLED': '0', 'BACKEND_LOG_LEVEL': 'fatal', 'worker_niceness': '0'}.items():
+        os.environ.setdefault(f'RAY_{name}', value)
     own = {} if address else {  # only names, counts and the model go through the object store
         'num_cpus': workers or available_cores(), 'include_dashboard': False, 'object_store_memory': 1 << 29}
     with one_sentence(f'Ray cannot be reached at {address}' if address else 'Ray does not start'):

@@ -116,7 +116,7 @@ def find_pictures(source: str, column: str = 'image') -> tuple[Source, pa.Array]
         parquet = all(_suffix(file) == '.parquet' for file in files)
         names = (f'{prefix}{file}#{row}' if parquet else prefix + file for file in sorted(files)
                  for row in range(_row_count(system, file, column) if parquet else 1))
-        array = pa.array(names, pa.string()).unique()
+        array = pa.array(names, pa.large_string()).unique()
     if not len(array):
         raise UserError(f'{source} has no pictures: give a folder, a pattern, a text file of paths, or Parquet.')
     return Source(system, prefix, column if parquet else None), array
