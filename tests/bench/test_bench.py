@@ -106,7 +106,7 @@ def test_a_fresh_process_has_its_own_memory_and_imports_no_torch(tmp_path):
     network = Network(TINY, tmp_path)
     spec = {**network.spec('onnxruntime', 2), 'started': 0.}
     code = (f'import runpy, sys; sys.path.insert(0, ""); runpy.run_path({process.__file__!r}, run_name="__main__"); '
-            'print([name for name in ("torch", "timm", "timm_lfnsb.models") if name in sys.modules])')
+            'print([name for name in ("torch", "timm", "timm_lfnsb.models.networks") if name in sys.modules])')
     done = subprocess.run([sys.executable, '-c', code, json.dumps(spec)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result, modules = done.stdout.splitlines()
@@ -124,7 +124,7 @@ def test_cold_start_and_compiled():
 
 
 @pytest.mark.parametrize('model, message', [
-    ('no_such_model', 'cannot create the model no_such_model: Unknown model'), ('none.onnx', 'none.onnx')])
+    ('no_such_model', 'there is no model no_such_model'), ('none.onnx', 'none.onnx')])
 def test_models_that_are_not_there(model, message):
     with pytest.raises(UserError, match=message):
         run(models=[model])

@@ -66,9 +66,11 @@ WRONG_CALLS = {
     'predict {image} --model no_such_model': 'no_such_model', 'predict {image} --device nonsense': 'nonsense',
     'prepare folder {missing} {new}': 'missing', 'prepare ferplus {empty} {new}': 'train.zip',
     'push {missing}': 'missing', 'push {empty} --repo-id me/mine --dry-run': 'empty',
+    'rebalance {empty} {new} --data-dir {faces}': 'dataset.json',
     'recipe show no_such_recipe': 'no_such_recipe', 'recipe path no_such_recipe': 'no_such_recipe',
     'reproduce show {broken}': 'broken', 'reproduce show {missing}': 'missing',
     'run {missing}': 'missing',
+    'video {missing}': 'missing', 'video {broken}': 'broken',
     'weights verify no_such_weights --data-dir {faces}': 'no_such_weights', 'weights runs {empty}': 'empty',
 }
 
@@ -91,8 +93,8 @@ def test_wrong_calls_know_every_command():
 NEARLY_RIGHT = {
     'bench lfnbs --peer none': 'lfnsb', 'card lfnsb-ferplus': 'lfnsb.ferplus', 'count mobilefacnet': 'mobilefacenet',
     'convert {image} {new} --model ddamfm --labels rafdb': 'ddamfn',
-    'evaluate --model lfn_small.ferpus --data-dir {faces} --out {new}': 'ferplus',
-    'evaluate --model Resnet_18 --data-dir {faces} --out {new}': 'resnet18',
+    'evaluate --model lfn_small.ferpus --split train --data-dir {faces} --out {new}': 'ferplus',
+    'evaluate --model Resnet_18 --split train --data-dir {faces} --out {new}': 'resnet18',
     'export lfnsb.rafbd {new}.onnx': 'rafdb', 'graft lfn-small {new}.safetensors': 'lfn_small',
     'predict {image} --model LFNSB': 'lfnsb', 'push lfnsb.ferpus --repo-id me/mine': 'lfnsb.ferplus',
     'recipe show affectnet9': 'affectnet8', 'recipe path ferplus_cpu': 'ferplus-cpu',

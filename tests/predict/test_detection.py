@@ -48,7 +48,7 @@ def test_numbers_of_faces(evaluate):
 
 def test_wrong_calls(evaluate):
     assert 'is not in the range' in evaluate('happy/one.png', **{'min-score': 2})[0]
-    assert '--compare and --tta are for crops' in evaluate('happy/one.png', tta='hflip')[0]
+    assert '--no-calibration are for crops' in evaluate('happy/one.png', tta='hflip')[0]
 
 
 def test_wrong_folders(evaluate, tmp_path):

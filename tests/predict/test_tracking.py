@@ -137,7 +137,8 @@ def test_memory_does_not_grow_with_the_frames(count):
     finally:
         tracemalloc.stop()
     assert most <= 3 and frame.people[0].track >= count // 200
-    assert max(sizes[1:]) < sizes[1] + 50_000
+    half = len(sizes) // 2  # the first one has what is loaded once
+    assert max(sizes[half:]) < max(sizes[:half]) + 50_000
 
 
 def test_the_portrait_moves_shrinks_leaves_and_comes_back(recognize, portrait):

@@ -28,6 +28,7 @@ class Quick(ExpressionRecognizer):
 
     def __init__(self, model, **settings):
         self.label_names, self.model, self.batch_size, self.workers = EXPRESSIONS_8, SimpleNamespace(), 1, 0
+        self.unsure = settings.get('unsure', 0.)
 
     def stream(self, images):
         for image in images:

@@ -98,7 +98,7 @@ def test_the_launcher_refuses_teachers_that_do_not_fit(teachers, face_folder, tm
     other = save_teacher(tmp_path / 'other', ('neutral', 'happiness', 'sadness', 'fear'))
     for flags, words in (
             ([*data, '--kd-model-name', f'{teachers[0]},{other}'], 'fear) are not those of the run'),
-            ([*data, '--kd-model-name', 'lfnsb.nothing'], 'lfnsb.nothing'),
+            ([*data, '--kd-model-name', 'lfnsb.nothing'], 'lfnsb has no tag nothing'),
             (['--kd-model-name', f'{other},{other}'], 'not those of the run')):
         one_sentence(launch(STANDIN, '--output', tmp_path, *flags), words)
     with pytest.raises(UserError, match='other channels'):

@@ -5,17 +5,19 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
 from ..data.prepare import read_description
 from ..errors import UserError
-from ..evaluate.predictions import Predictions, predict_folder
 from ..labels import match_labels
 from ..models.temperature import TEMPERATURE_KEY
 from .pack import check_new
+
+if TYPE_CHECKING:
+    from ..evaluate.predictions import Predictions
 
 STRENGTHS = np.arange(41) / 20
 """Values of tau that are tried: 0 changes nothing, 1 takes the prior out whole."""
@@ -39,6 +41,7 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
     Raises:
         UserError: When the folder, its classifier or the data cannot be used, or it was rebalanced before.
     """
+    from ..evaluate.predictions import predict_folder  # which needs the extra
     check_new(out_dir)
     counts = read_description(data_dir)['splits']['train']['counts']
     predictions = predict_folder(f'local-dir:{folder}', data_dir, split='validation')

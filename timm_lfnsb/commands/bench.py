@@ -52,7 +52,8 @@ def bench(
     if photographs:
         from ..bench.photographs import format_photographs, measure_photographs
         figures = measure_photographs(
-            photographs, *models[:1], rounds=options['rounds'], progress=lambda message: click.echo(message, err=True))
+            photographs, (models or ('lfnsb',))[0], rounds=options['rounds'],
+            progress=lambda message: click.echo(message, err=True))
         if json_file:
             write_json(Path(json_file), figures)
         click.echo(format_photographs(figures))

@@ -44,7 +44,7 @@ def evaluate(
       MODULE:FUNCTION                   a function of your own
 
     A function gets a list of uint8 RGB arrays (H, W, 3) and returns probabilities (N, C); its attribute label_names
-    names the C: pydoc timm_lfnsb.evaluate.classifiers shows one. Label folders are matched to the model's classes by
+    names the C, as timm_lfnsb.evaluate.peers:fer does. Label folders are matched to the model's classes by
     name, in any order and with the usual synonyms. Writes metrics.json, predictions.csv, confusion.png, reliability.png
     and coverage.png; with several models those of the others into a folder each, and compare.json and compare.md: one
     table with McNemar's test of each pair and the time of an image. With --detector only detection.json.

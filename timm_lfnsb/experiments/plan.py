@@ -143,7 +143,7 @@ class Run:
         self.folder = plan.out / 'runs' / f'{row.model}-{loss}{part}-seed{seed}'
         self.last, self.trained = self.folder / 'train' / 'last.pth.tar', self.folder / 'trained.json'
         self.report = self.folder / f'report-{plan.split}'
-        self.features = self.report / 'features.npz' if plan.experiment == 'losses' else None
+        self.features, self.keeps_features = self.report / 'features.npz', plan.experiment == 'losses'
         self.measured_dir = plan.parts_dir / f'run-{row.fold}' if plan.folds else plan.data_dir
 
         self.flags, size = row.flags, plan.recipe.get('img_size')
@@ -170,7 +170,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        needed = [self.trained, self.report / 'metrics.json', *([self.features] if self.features else [])]
+        needed = [self.trained, self.report / 'metrics.json', *([self.features] if self.keeps_features else [])]
         return all(path.is_file() for path in needed)
 
     @property

@@ -89,7 +89,7 @@ def _train_and_measure(run: Run, lock: FileLock, report: Callable[[str], None]) 
     write_json(run.report / 'checkpoint.json', {'epoch': int(info['epoch']) + 1, 'ema': info['ema']})
     # At the image size and with the preprocessing of its training, which the packed folder holds.
     model = f'local-dir:{packed}'
-    if run.features:
+    if run.keeps_features:
         write_features(load_model(model, inference=True), run)
     metrics, _ = evaluate_folder(
         model, run.measured_dir, run.report, split=run.plan.split, workers=0, progress=False)

@@ -72,7 +72,7 @@ def _measurement(run: Run) -> dict[str, Any]:
     return {
         'seed': run.seed, **{key: metrics[key] for key in keys}, **read_json(run.report / 'checkpoint.json'),
         **read_json(run.folder / 'trained.json'), **({'curve': read_curve(run.last.parent)} if curve else {}),
-        **({'distances': run_distances(run)} if run.features else {})}
+        **({'distances': run_distances(run)} if run.keeps_features else {})}
 
 
 def _mean_and_std(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -32,9 +32,9 @@ class FilmWriter:
         with one_sentence('no video can be written'):
             import av
         path.touch()  # PyAV would say it at the first frame only
-        self._container: Any = av.open(str(path), 'w')
+        self._container = cast(Any, av.open(str(path), 'w'))
         codec = 'libx264' if 'libx264' in av.codecs_available else 'mpeg4'
-        self._stream: Any = self._container.add_stream(codec, rate=max(1, round(rate)))
+        self._stream = self._container.add_stream(codec, rate=max(1, round(rate)))
         self._stream.pix_fmt = 'yuv420p'
         self._stream.codec_context.time_base = TICK
         self._frame, self._last = av.VideoFrame, -1

@@ -76,8 +76,8 @@ class Tracks:
         norfair.distances.logger.setLevel('ERROR')  # it warns of expected boxes that have shrunk to nothing
         self._detection = norfair.Detection
         self._rate, self._smooth, self._memory = rate, smooth, max(1, round(patience * rate))
-        self._tracker = norfair.Tracker(
-            'iou', 1 - MIN_OVERLAP, hit_counter_max=self._memory, initialization_delay=0, past_detections_length=0)
+        self._tracker = cast(Any, norfair.Tracker(
+            'iou', 1 - MIN_OVERLAP, hit_counter_max=self._memory, initialization_delay=0, past_detections_length=0))
         self._means: dict[int, tuple[float, np.ndarray]] = {}  # track -> when it was seen last, smoothed probabilities
         self._last: float | None = None
 
