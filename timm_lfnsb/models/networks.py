@@ -340,11 +340,15 @@ _PAPERS = {
     'mobilefacenet': 'arXiv:1804.07573',
 }
 
+# Input of the weights that were not trained at 112 px.
+_TRAINED_AT = {'lfnsb.ferplus_64': {'input_size': (3, 64, 64), 'pool_size': (4, 4)}}
+
 default_cfgs = generate_default_cfgs({
     # The embedded file comes before the Hub in timm's order of sources; see `prefer_hub`.
     **{
         name: _cfg(
-            name.split('.')[0], EXPRESSIONS_8, file=str(WEIGHTS_DIR / f'{name}.safetensors'), hf_hub_id=hub_id(name))
+            name.split('.')[0], EXPRESSIONS_8, file=str(WEIGHTS_DIR / f'{name}.safetensors'), hf_hub_id=hub_id(name),
+            **_TRAINED_AT.get(name, {}))
         for name in HUB_REVISIONS
     },
     # Label sets and input configs without weights, for runs on data that nobody may redistribute.

@@ -20,6 +20,8 @@ except (ImportError, AttributeError, RuntimeError) as error:
         'pip uninstall -y opencv-python opencv-python-headless opencv-contrib-python opencv-contrib-python-headless, '
         'then pip install opencv-python-headless.') from error
 
+_LOADING = threading.Lock()
+
 Box: TypeAlias = tuple[int, int, int, int]
 
 FIVE_POINT_TEMPLATE = np.array([
@@ -81,17 +83,18 @@ class YuNetDetector:
 
     def _network(self) -> Any:
         if not hasattr(self._networks, 'network'):
-            logging = getattr(cv2.utils, 'logging', None)  # OpenCV 4.8 has none, OpenCV 5 warns at every start
-            level = logging and logging.setLogLevel(logging.LOG_LEVEL_ERROR)
-            try:
-                self._networks.network = cv2.FaceDetectorYN.create(str(YUNET), '', (320, 320), self.min_score, 0.3)
-            except cv2.error as error:
-                raise UserError(
-                    f'OpenCV {cv2.__version__} cannot read {YUNET}: '
-                    'pip install --force-reinstall --no-deps timm-lfnsb brings it anew.') from error
-            finally:
-                if logging:
-                    logging.setLogLevel(level)
+            with _LOADING:  # the level of OpenCV's log is that of the process
+                logging = getattr(cv2.utils, 'logging', None)  # OpenCV 4.8 has none, OpenCV 5 warns at every start
+                level = logging and logging.setLogLevel(logging.LOG_LEVEL_ERROR)
+                try:
+                    self._networks.network = cv2.FaceDetectorYN.create(str(YUNET), '', (320, 320), self.min_score, 0.3)
+                except cv2.error as error:
+                    raise UserError(
+                        f'OpenCV {cv2.__version__} cannot read {YUNET}: '
+                        'pip install --force-reinstall --no-deps timm-lfnsb brings it anew.') from error
+                finally:
+                    if logging:
+                        logging.setLogLevel(level)
         return self._networks.network
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
