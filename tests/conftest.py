@@ -1,4 +1,4 @@
-"""Shared fixtures: the optional FER+ folder, the optional clone of timm, a tiny data set."""
+"""Shared fixtures: the optional FER+ folder, the optional clone of timm, a tiny data set, pictures."""
 from __future__ import annotations
 
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from support import ROOT
 
@@ -53,3 +54,15 @@ def face_folder(tmp_path_factory) -> Path:
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{label}{j}.png')
     (root / 'class_map.txt').write_text('neutral\nhappiness\nsadness\nanger\n')
     return root
+
+
+@pytest.fixture(scope='session')
+def portrait() -> np.ndarray:
+    """RGB (200, 240, 3) with one face, near (76, 46, 97, 97): small, so that the search is quick."""
+    return np.ascontiguousarray(skimage.data.astronaut()[20:220, 100:340])
+
+
+@pytest.fixture
+def gradient() -> np.ndarray:
+    """RGB (6, 8, 3) with another value everywhere, none of it symmetric."""
+    return np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)

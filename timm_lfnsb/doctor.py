@@ -22,8 +22,8 @@ SHARED = {'cv2': 'opencv-python-headless', 'onnxruntime': 'onnxruntime', 'PIL': 
 """Folders that several packages bring, each over the other's files -> the package to keep."""
 RUNTIMES = ('onnxruntime', 'openvino', 'executorch')
 VARIABLES = (
-    'TIMM_LFNSB_WEIGHTS', 'TIMM_LFNSB_HUB_ORG', 'TIMM_SCRIPTS', 'HF_HUB_OFFLINE', 'HF_ENDPOINT', 'HF_HOME',
-    'HF_HUB_CACHE', 'OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'PYTHONPATH')
+    'TIMM_LFNSB_WEIGHTS', 'TIMM_LFNSB_HUB_ORG', 'TIMM_LFNSB_CACHE', 'TIMM_SCRIPTS', 'HF_HUB_OFFLINE', 'HF_ENDPOINT',
+    'HF_HOME', 'HF_HUB_CACHE', 'OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'PYTHONPATH')
 """What changes this package's ways, and holds no secret."""
 
 

@@ -18,13 +18,13 @@ from torch import nn
 
 from timm_lfnsb.bench import process
 from timm_lfnsb.cli import main
+from timm_lfnsb.data.images import sample_picture
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.export import export
 from timm_lfnsb.export.export import export_model
+from timm_lfnsb.export.exported import ExportedModel, is_exported, openvino_core
 from timm_lfnsb.export.lowering import RUNTIMES, lower_network
 from timm_lfnsb.labels import EXPRESSIONS_8
-from timm_lfnsb.predict.exported import ExportedModel, is_exported, openvino_core
-from timm_lfnsb.predict.images import sample_picture
 
 onnx = pytest.importorskip('onnx', reason="pip install 'timm-lfnsb[export]' to test exports")
 onnxruntime = pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]' to test exports")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from timm_lfnsb.data.images import ImageError
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.predict.frames import open_footage
-from timm_lfnsb.predict.images import ImageError
 
 
 def write_film(path, images, rate=20, codec='libx264', rotation=None, **options):

@@ -6,8 +6,8 @@ import pytest
 pa = pytest.importorskip('pyarrow', reason='pip install "timm-lfnsb[ray]" brings pyarrow')
 import pyarrow.parquet as pq  # noqa: E402
 
+from timm_lfnsb.data.images import ImageError  # noqa: E402
 from timm_lfnsb.errors import UserError  # noqa: E402
-from timm_lfnsb.predict.images import ImageError  # noqa: E402
 from timm_lfnsb.predict.parquet import Results, face_rows  # noqa: E402
 from timm_lfnsb.predict.recognizer import Face  # noqa: E402
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from timm_lfnsb import ExpressionRecognizer
 from timm_lfnsb.cli import main
-from timm_lfnsb.predict.images import ImageError, find_images
+from timm_lfnsb.data.images import ImageError, find_images
 
 NEEDS = 'pip install "timm-lfnsb[ray]" brings it'
 

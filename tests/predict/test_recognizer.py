@@ -19,8 +19,11 @@ from timm.models import save_for_hf
 from torch.utils.data import DataLoader
 
 from timm_lfnsb import ExpressionRecognizer
+from timm_lfnsb.data.images import ImageError
 from timm_lfnsb.errors import UserError
+from timm_lfnsb.export import cached
 from timm_lfnsb.export.export import export_model
+from timm_lfnsb.export.exported import ExportedModel
 from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.predict.faces import (
     FERPLUS_TEMPLATE,
@@ -30,7 +33,6 @@ from timm_lfnsb.predict.faces import (
     aligned_box,
     crop_upright,
 )
-from timm_lfnsb.predict.images import ImageError
 
 
 def probabilities(model: torch.nn.Module, face: np.ndarray) -> dict[str, float]:
@@ -304,7 +306,8 @@ def test_models_that_cannot_be_used(portrait):
     (ValueError, dict(align=True, margin=0.1), 'one of them'), (ValueError, dict(detector='haar'), 'yunet'),
     (ValueError, dict(min_score=0), 'min_score'), (ValueError, dict(batch_size=0), 'batch_size'),
     (ValueError, dict(detector='mtcnn'), 'mtcnn'), (UserError, dict(device='gpu'), "device 'gpu'"),
-    (UserError, dict(model='lfnsb.affectnet8'), 'no trained weights'),
+    (UserError, dict(model='lfnsb.affectnet8'), 'no trained weights'), (ValueError, dict(runtime='onnx'), 'runtime'),
+    (ValueError, dict(runtime='onnxruntime', device='cuda'), 'on the CPU'),
 ])
 def test_arguments_that_cannot_be(recognize, error, arguments, message):
     with pytest.raises(error, match=message):
@@ -340,6 +343,27 @@ def test_exported_file_gives_the_same_faces(exported, portrait, name):
             assert face.probabilities == near(other.probabilities, 1e-4)
 
 
+@pytest.mark.parametrize('faster', ['torch', 'onnxruntime'])
+def test_runtimes(exported, portrait, tmp_path, monkeypatch, faster):
+    """Forced or chosen, ONNX Runtime says what PyTorch says, with the model's own temperature and names."""
+    monkeypatch.setenv('TIMM_LFNSB_CACHE', str(tmp_path))
+    times = {'torch': 2., 'onnxruntime': 2., faster: 1.}
+    monkeypatch.setattr(cached, 'measure', lambda model, network, batch_size: times)
+    model = copy.deepcopy(exported[1])
+    model.softmax_temperature = 1.7
+    [expected] = ExpressionRecognizer(model)(portrait)
+    assert not list(tmp_path.iterdir())
+    for runtime in ('onnxruntime', 'auto'):
+        recognize = ExpressionRecognizer(model, runtime=runtime)
+        assert isinstance(recognize.model, ExportedModel) == ('onnxruntime' in (runtime, faster))
+        for other in (recognize, pickle.loads(pickle.dumps(recognize)), copy.deepcopy(recognize)):
+            with ThreadPoolExecutor(4) as pool:
+                for [face] in pool.map(other, [portrait] * 8):
+                    assert face.probabilities == near(expected.probabilities, 1e-4)
+    whole = ExpressionRecognizer(model, detector=None, runtime='onnxruntime', calibration=False)
+    assert whole(portrait)[0].probabilities == near(probabilities(exported[1].eval(), portrait), 1e-4)
+
+
 def test_exported_files_that_cannot_be_used(exported, portrait, tmp_path):
     import onnx
     network = onnx.load(exported[0] / 'three.onnx')
@@ -366,3 +390,7 @@ def test_exported_files_that_cannot_be_used(exported, portrait, tmp_path):
         seven(portrait)
     with pytest.raises(ValueError, match='run on the CPU'):
         ExpressionRecognizer(file(), device='cuda')
+    assert ExpressionRecognizer(file(), detector=None, runtime='onnxruntime')(portrait)
+    export_model(exported[1], tmp_path / 'model.pt2')
+    with pytest.raises(ValueError, match='no file for ONNX Runtime'):
+        ExpressionRecognizer(tmp_path / 'model.pt2', runtime='onnxruntime')

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 
 import pytest
 import timm
@@ -174,3 +175,15 @@ def test_errors_are_one_sentence(folder, code, args, message):
     found, _, err = predict(*args)
     assert found == code and message in err
     assert err.splitlines()[-1].startswith('Error: ') and (code == 2 or err.count('\n') == 1)
+
+
+def test_runtimes(folder, monkeypatch):
+    pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]'")
+    monkeypatch.setenv('TIMM_LFNSB_CACHE', 'cache')
+    table = predict('photos/ann.jpg')
+    assert predict('photos/ann.jpg', '--runtime', 'onnxruntime') == table
+    assert len(list((folder / 'cache').glob('*.onnx'))) == 1
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    assert predict('photos/ann.jpg', '--runtime', 'auto') == table
+    code, out, err = predict('photos/ann.jpg', '--runtime', 'onnxruntime')
+    assert (code, out) == (1, '') and 'pip install "timm-lfnsb[export]"' in err

@@ -7,8 +7,8 @@ pa = pytest.importorskip('pyarrow', reason='pip install "timm-lfnsb[ray]" brings
 import pyarrow.fs as pafs  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
+from timm_lfnsb.data.images import ImageError  # noqa: E402
 from timm_lfnsb.errors import UserError  # noqa: E402
-from timm_lfnsb.predict.images import ImageError  # noqa: E402
 from timm_lfnsb.predict.sources import Source, find_pictures, locate  # noqa: E402
 
 ALL = ['_DSC1.jpg', 'a.PNG', 'b.jpg', 'trip/a.jpg', 'trip/deep/x#1 ü.jpg']

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from timm_lfnsb import ExpressionRecognizer
+from timm_lfnsb.data.images import ImageError
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.labels import EXPRESSIONS_8
 from timm_lfnsb.predict.frames import Footage, Frame
-from timm_lfnsb.predict.images import ImageError
 from timm_lfnsb.predict.recognizer import Face
 from timm_lfnsb.predict.timeline import Timelines
 from timm_lfnsb.predict.tracking import Tracks, follow

@@ -35,8 +35,8 @@ from torch import nn
 
 from ..errors import UserError, one_sentence, reason
 from ..export.export import export_model
+from ..export.exported import ExportedModel
 from ..models.names import check_model_name
-from ..predict.exported import ExportedModel
 from ..train.task import CosineHarmonyTask
 from ..util.machine import available_cores, cpu_name, git_commit
 from ..util.timing import interleave, quartiles

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.images import read_image, sample_picture
 from ..errors import UserError
-from ..predict.images import read_image, sample_picture
 from ..predict.recognizer import ExpressionRecognizer, Face
 from ..util.machine import available_cores, cpu_name
 from .measure import quartiles

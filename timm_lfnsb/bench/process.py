@@ -17,11 +17,11 @@ from typing import Any
 
 
 def import_exported() -> Any:
-    """`timm_lfnsb.predict.exported` in an empty package: the __init__ of the real one imports torch and timm."""
+    """`timm_lfnsb.export.exported` in an empty package: the __init__ of the real one imports torch and timm."""
     package = types.ModuleType('timm_lfnsb')
     package.__path__ = [str(Path(__file__).parents[1])]
     sys.modules[package.__name__] = package
-    return importlib.import_module('timm_lfnsb.predict.exported')
+    return importlib.import_module('timm_lfnsb.export.exported')
 
 
 def predictor(model: Any, images: Any, compiled: bool) -> Callable[[], Any]:

@@ -46,8 +46,8 @@ def export(model: str, out: Path, format: str | None, runtime_dir: Path | None, 
     if format == 'web' and (batch != '1' or options['with_preprocess']):
         raise click.UsageError('--format web takes no --batch and no --with-preprocess: the page prepares each face.')
     from ..export.export import export_model
-    from ..export.web import export_web
     from ..models.loading import load_model
+    from ..web.export import export_web
     network = load_model(model)
     if format == 'web':
         del options['with_preprocess']

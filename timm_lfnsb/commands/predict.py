@@ -29,6 +29,8 @@ import click
 @click.option('--batch-size', default=8, show_default=True, type=click.IntRange(min=1))
 @click.option('--workers', type=click.IntRange(min=0), help='Threads that read and search; one a core by default.')
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
+@click.option('--runtime', default='torch', show_default=True, type=click.Choice(['torch', 'onnxruntime', 'auto']),
+              help='onnxruntime: export the model once into a cache, and run that; auto: if it is faster here.')
 def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: Any) -> None:
     """Find the faces in images and name their expressions.
 
@@ -37,7 +39,7 @@ def predict(images: tuple[Path, ...], sample: bool, detector: str, **options: An
     """
     if not images and not sample:
         raise click.UsageError('give images or folders of images, or --sample.')
-    from ..predict.images import sample_picture
+    from ..data.images import sample_picture
     from ..predict.run import predict_lines
     if sample:
         images = (*images, sample_picture())

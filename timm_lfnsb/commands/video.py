@@ -33,6 +33,8 @@ import click
               help='Whether to search frames without an upright face turned, too: takes up to four times as long.')
 @click.option('--workers', type=click.IntRange(min=0), help='Threads that search frames; one a core by default.')
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
+@click.option('--runtime', default='torch', show_default=True, type=click.Choice(['torch', 'onnxruntime', 'auto']),
+              help='onnxruntime: export the model once into a cache, and run that; auto: if it is faster here.')
 def video(**options: Any) -> None:
     """Follow the people in a moving picture and name their expressions over time.
 

@@ -22,10 +22,10 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..errors import UserError, one_sentence
+from ..export.exported import ExportedModel, is_exported
 from ..labels import LabelError, canonical_name, match_labels
 from ..models.loading import to_device
 from ..models.temperature import model_temperature
-from ..predict.exported import ExportedModel, is_exported
 from ..predict.recognizer import ExpressionRecognizer
 from ..util.timing import interleave, quartiles
 

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..data.images import ImageError, find_images, read_image
 from ..errors import UserError
 from ..labels import match_labels
-from ..predict.images import ImageError, find_images, read_image
 from ..predict.recognizer import ExpressionRecognizer
 from ..util.files import write_json
 from ..version import __version__

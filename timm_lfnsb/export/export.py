@@ -22,13 +22,13 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
+from ..data.images import find_images, read_image
 from ..errors import UserError, one_sentence
 from ..labels import model_label_names
+from ..models.input_config import input_config
 from ..models.temperature import TEMPERATURE_KEY, model_temperature
-from ..predict.exported import INPUT_KEYS, SUFFIXES, ExportedModel
-from ..predict.images import find_images, read_image
-from ..predict.recognizer import input_config
 from ..version import __version__
+from .exported import INPUT_KEYS, SUFFIXES, ExportedModel
 from .lowering import Interface, lower_network
 from .writers import WRITERS, Order
 
@@ -72,7 +72,7 @@ def export_model(
 
     Args:
         model: A timm model with its weights; it is left alone. Its `pretrained_cfg` gives what the file says of itself.
-        out: The file, with the suffix of its format (`timm_lfnsb.predict.exported.SUFFIXES`).
+        out: The file, with the suffix of its format (`timm_lfnsb.export.exported.SUFFIXES`).
         batch: Images the file takes at a time, None for any number.
         precision: 'fp32', 'fp16', or, for 'onnx' and 'openvino', 'int8'.
         with_preprocess: Take RGB images uint8 (B, H, W, 3) of the input size, not normalised float32 (B, 3, H, W).

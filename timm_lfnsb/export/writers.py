@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..predict.exported import EXECUTORCH_METHOD, OPENVINO_SECTION, TORCH_EXTRA_FILE
+from .exported import EXECUTORCH_METHOD, OPENVINO_SECTION, TORCH_EXTRA_FILE
 
 # Convolutions of fewer channels stay as they are in int8 files: their conversions cost more than they save.
 MIN_INT8_CHANNELS = 32

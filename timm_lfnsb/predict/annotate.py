@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .images import ImageInput, read_image
+from ..data.images import ImageInput, read_image
 
 if TYPE_CHECKING:
     from .recognizer import Face

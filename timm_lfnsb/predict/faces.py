@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ..data.images import ImageInput, read_image
 from ..errors import UserError
-from .images import ImageInput, read_image
 
 try:
     import cv2

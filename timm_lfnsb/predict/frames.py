@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 
+from ..data.images import ImageError, find_images, read_image
 from ..errors import UserError, one_sentence, reason
-from .images import ImageError, find_images, read_image
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from ..data.images import ImageError
 from ..errors import UserError, one_sentence
-from .images import ImageError
 from .recognizer import Face
 from .sources import locate
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..data.images import ImageError, ImageInput
 from ..errors import UserError, one_sentence, reason
+from ..export.exported import is_exported
 from ..util.machine import available_cores
-from .exported import is_exported
-from .images import ImageError, ImageInput
 from .recognizer import ExpressionRecognizer, Face
 from .run import Kind
 

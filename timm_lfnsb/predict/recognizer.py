@@ -14,14 +14,17 @@ from typing import Any, overload
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import nn
 
+from ..data.images import ImageError, ImageInput, read_image
 from ..errors import UserError, reason
+from ..export.cached import in_faster_runtime, in_onnxruntime
+from ..export.exported import INPUT_KEYS, ExportedModel, is_exported
 from ..labels import UNSURE, canonical_name, model_label_names
+from ..models.input_config import input_config
 from ..models.loading import load_model, to_device
 from ..models.temperature import model_temperature
-from .exported import INPUT_KEYS, ExportedModel, is_exported
 from .faces import (
     FERPLUS_TEMPLATE,
     Box,
@@ -35,7 +38,6 @@ from .faces import (
     crop_upright,
 )
 from .frames import VideoInput, open_footage
-from .images import ImageError, ImageInput, read_image
 from .tracking import Tracks, VideoFrame, follow
 
 Detector = Callable[[np.ndarray], Any]
@@ -58,16 +60,6 @@ class Face:
         """Plain lists, strings and numbers, ready for JSON."""
         points = self.points and [list(point) for point in self.points]
         return {**asdict(self), 'box': list(self.box), 'points': points}
-
-
-def input_config(model: nn.Module) -> dict[str, Any]:
-    """timm's input settings of a model, for as many channels as it takes."""
-    config = resolve_model_data_config(model)
-    chans = getattr(model, 'in_chans', config['input_size'][0])
-    config['input_size'] = (chans, *config['input_size'][1:])
-    if chans != len(config['mean']):  # as timm's loaders do when the config still has the values of RGB weights
-        config.update({key: (sum(config[key]) / len(config[key]),) * chans for key in ('mean', 'std')})
-    return config
 
 
 class ExpressionRecognizer:
@@ -96,7 +88,13 @@ class ExpressionRecognizer:
         calibration: Divide the logits by the temperature that comes with the weights, where there is one
             (`model_temperature`): scores come closer to how often they are right. Else scores are plain softmax.
         unsure: Call faces whose score is below this 'unsure', 0 for none.
-        device: A torch device, or 'auto' for CUDA, else Apple's MPS, else the CPU. Exported files take the CPU only.
+        device: A torch device, or 'auto' for CUDA, else Apple's MPS, else the CPU. Exported files and ONNX Runtime take
+            the CPU only.
+        runtime: 'torch'; 'onnxruntime', for which the model is exported once into `cache_folder()`; or 'auto', the
+            faster of the two on the CPU for `batch_size`, timed once a machine (`in_faster_runtime`), and PyTorch where
+            anything fails. PyTorch is the default: nobody waits at the first use, no file is written, and every machine
+            gives the same figures, which otherwise differ by rounding. Exported files run in their own runtime. A
+            pickle has the path of the cached file, not its content.
 
     Raises:
         ValueError: When an argument is out of range, or the model has no label names or other than 1 or 3 channels.
@@ -107,7 +105,7 @@ class ExpressionRecognizer:
             self, model: str | PathLike[str] | nn.Module | ExportedModel = 'lfnsb',
             detector: str | Detector | None = 'yunet', margin: float = 0., batch_size: int = 8,
             device: str | torch.device = 'auto', align: bool = False, min_score: float = 0.7, turn: bool = True,
-            workers: int | None = None, calibration: bool = True, unsure: float = 0.,
+            workers: int | None = None, calibration: bool = True, unsure: float = 0., runtime: str = 'torch',
     ) -> None:
         if not -0.5 < margin <= 2:
             raise ValueError(f'margin must be above -0.5 and at most 2, got {margin}.')
@@ -123,6 +121,8 @@ class ExpressionRecognizer:
             raise ValueError("the detector 'haar' is gone, 'yunet' finds more: leave the argument out.")
         if isinstance(detector, str) and detector != 'yunet':
             raise ValueError(f"detector must be 'yunet', None or a function, got {detector!r}.")
+        if runtime not in ('torch', 'onnxruntime', 'auto'):
+            raise ValueError(f"runtime must be 'torch', 'onnxruntime' or 'auto', got {runtime!r}.")
         self.detector: Detector | None = YuNetDetector(min_score, turn) if isinstance(detector, str) else detector
         self.margin, self.align, self.batch_size = margin, align, batch_size
         self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
@@ -130,9 +130,14 @@ class ExpressionRecognizer:
             model = ExportedModel(model) if is_exported(model) else load_model(str(model), inference=True)
         self.model, self.unsure = model, unsure
         self.temperature = model_temperature(model) if calibration else None
-        if isinstance(model, ExportedModel):
+        if runtime == 'onnxruntime' or isinstance(model, ExportedModel):
             if str(device) not in ('auto', 'cpu'):
-                raise ValueError(f"exported files run on the CPU here, not on '{device}': leave the device out.")
+                raise ValueError(
+                    f"exported files and ONNX Runtime run on the CPU here, not on '{device}': leave the device out.")
+            device = 'cpu'
+        if isinstance(model, ExportedModel):
+            if runtime == 'onnxruntime' and model.path.suffix != '.onnx':
+                raise ValueError(f'{model.path} is no file for ONNX Runtime: leave the runtime out.')
             names = model.value('label_names')
             if not isinstance(names, list) or len({canonical_name(str(name)) for name in names}) != len(names):
                 raise UserError(f'{model.path} has no list of different names as label_names in its metadata.')
@@ -143,6 +148,10 @@ class ExpressionRecognizer:
             self.label_names = model_label_names(model)
             to_device(model, device).eval()
             config = input_config(model)
+            if runtime == 'onnxruntime':
+                self.model = in_onnxruntime(model)
+            elif runtime == 'auto' and next(model.parameters(), torch.empty(0)).device.type == 'cpu':
+                self.model = in_faster_runtime(model, batch_size)
         self.input_config = config
         chans = config['input_size'][0]
         if chans not in (1, 3):

@@ -15,11 +15,11 @@ from click import format_filename
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.images import ImageError, find_images
 from ..errors import UserError
 from ..labels import UNSURE
 from ..util.files import replacing
 from .annotate import annotation_paths, draw_faces
-from .images import ImageError, find_images
 from .recognizer import ExpressionRecognizer, Face
 
 Kind: TypeAlias = Literal['result', 'hint', 'problem']

@@ -15,8 +15,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.arrow import ArrowFSWrapper
 
+from ..data.images import IMAGE_SUFFIXES, ImageError
 from ..errors import UserError, one_sentence, reason
-from .images import IMAGE_SUFFIXES, ImageError
 
 # Rows of Parquet in memory together: a picture may have megabytes.
 _ROWS = 8

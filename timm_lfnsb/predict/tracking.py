@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..data.images import ImageError
 from ..errors import one_sentence
 from ..labels import UNSURE
 from .faces import Box
 from .frames import Frame
-from .images import ImageError
 
 SURROUNDINGS = 2
 """Multiple of a box's sides that is followed, because a face may move by more than its width from frame to frame."""

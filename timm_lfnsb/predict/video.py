@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError, one_sentence
+from ..export.exported import ExportedModel, is_exported
 from ..util.files import replacing
-from .exported import ExportedModel, is_exported
 from .film import FilmWriter, Window
 from .frames import open_footage
 from .recognizer import ExpressionRecognizer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_lfnsb.data.images import ImageError, find_images, read_image
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.predict.images import ImageError, find_images, read_image
 
 
 @pytest.mark.parametrize('orientation, stored', [

@@ -15,12 +15,12 @@ import jinja2
 from torch import nn
 
 from ..errors import UserError, one_sentence
+from ..export.export import Report, export_model
 from ..labels import model_label_names
+from ..models.input_config import input_config
 from ..predict.faces import FERPLUS_TEMPLATE, YUNET, YUNET_SIDES, YuNetDetector
-from ..predict.recognizer import input_config
 from ..util.files import write_json
 from ..version import __version__
-from .export import Report, export_model
 
 PAGE = Path(__file__).with_name('page')
 

@@ -25,10 +25,10 @@ from torch import nn
 
 from timm_lfnsb import ExpressionRecognizer
 from timm_lfnsb.cli import main
+from timm_lfnsb.data.images import sample_picture
 from timm_lfnsb.errors import UserError
-from timm_lfnsb.export.web import CDN, RUNTIME, export_web
 from timm_lfnsb.predict.faces import YUNET, YuNetDetector, crop_upright
-from timm_lfnsb.predict.images import sample_picture
+from timm_lfnsb.web.export import CDN, RUNTIME, export_web
 
 onnxruntime = pytest.importorskip('onnxruntime', reason="pip install 'timm-lfnsb[export]' to test exports")
 
