@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from timeit import timeit
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..errors import one_sentence
 from ..models.input_config import input_config
+from ..models.temperature import model_temperature
 from ..util.files import read_json, write_json
 from ..util.machine import cpu_name
 from ..version import __version__
@@ -90,10 +92,10 @@ def measure(model: nn.Module, network: ExportedModel, batch_size: int) -> dict[s
     return dict(zip(('torch', 'onnxruntime'), best, strict=True))
 
 
-def _fingerprint(model: nn.Module, runtime: str) -> str:
-    """SHA-256 of what the file depends on: weights, input size and releases."""
-    size = input_config(model)['input_size']
-    digest = hashlib.sha256(repr((type(model).__name__, size, __version__, torch.__version__, runtime)).encode())
+def _fingerprint(model: Any, runtime: str) -> str:
+    """SHA-256 of what the file depends on: weights, what its metadata say, and releases."""
+    said = input_config(model), model.pretrained_cfg.get('label_names'), model_temperature(model)
+    digest = hashlib.sha256(repr((type(model).__name__, said, __version__, torch.__version__, runtime)).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f'{name} {tensor.dtype} {tensor.shape}'.encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
