@@ -43,7 +43,10 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
     """
     from ..evaluate.predictions import predict_folder  # which needs the extra
     check_new(out_dir)
-    counts = read_description(data_dir)['splits']['train']['counts']
+    splits = read_description(data_dir)['splits']
+    if 'train' not in splits:
+        raise UserError(f'{data_dir} has no training split, so the prior of its labels is not known.')
+    counts = splits['train']['counts']
     predictions = predict_folder(f'local-dir:{folder}', data_dir, split='validation')
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     if 'prior_correction' in config:

@@ -97,9 +97,10 @@ def _pipeline(source: str, device: str) -> tuple[Sequence[str], Callable[[Any], 
     except ImportError:
         raise UserError(f'transformers:{source} needs transformers: pip install transformers brings it.') from None
     # Not by its name: the pipeline would keep to itself why a model cannot be loaded. Other weights are pickles.
-    network: Any = to_device(AutoModelForImageClassification.from_pretrained(source, use_safetensors=True), device)
+    network: Any = to_device(AutoModelForImageClassification.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False), device)
     classify: Any = pipeline('image-classification', network, device=network.device,
-                             image_processor=AutoImageProcessor.from_pretrained(source))
+                             image_processor=AutoImageProcessor.from_pretrained(source, trust_remote_code=False))
     names = [label for _, label in sorted(network.config.id2label.items())]
 
     def scores(images: list[np.ndarray]) -> list[list[float]]:
@@ -115,7 +116,15 @@ def _function(name: str) -> tuple[Sequence[str], Callable[[Any], Any]]:
     module, _, attribute = name.partition(':')
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    function = attrgetter(attribute)(import_module(module))
+    try:
+        function = attrgetter(attribute)(import_module(module))
+    except SystemExit as error:
+        raise UserError(f'the module {module} ends Python ({error}) when it is imported.') from None
+    except ModuleNotFoundError as error:
+        if error.name != module.partition('.')[0]:
+            raise
+        raise UserError(f'there is no module {module} here or installed; a folder of timm is named local-dir:PATH, a '
+                        'repository hf-hub:ORG/NAME.') from None
     names = getattr(function, 'label_names', ())
     if not callable(function) or not names:
         raise UserError(f'{name} must be a function from RGB arrays to probabilities, with the names of its outputs in '

@@ -92,7 +92,7 @@ def table_rows(experiment: str, recipe: Mapping[str, Any], folds: int) -> list[R
 def weight_rows(model: str, losses: Sequence[Loss]) -> list[Row]:
     """Each loss with each of the weights to choose from."""
     weighted = [loss._replace(weight=loss.weight * factor) for loss in losses for factor in FACTORS]
-    return [Row(loss.title, model, loss) for loss in weighted]
+    return [Row(loss.title, model, loss) for loss in dict.fromkeys(weighted)]
 
 
 def loss_rows(model: str, losses: Sequence[Loss]) -> list[Row]:

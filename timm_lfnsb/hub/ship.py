@@ -182,6 +182,7 @@ def ship_rebalanced(
         UserError: When the base is not there or damaged, or the data folder is not one of `prepare`.
     """
     info = checked_info(base)
+    info.pop('robustness', None)  # measured anew, or not at all
     with tempfile.TemporaryDirectory(dir=WEIGHTS_DIR) as temporary:
         plain, corrected = Path(temporary) / 'plain', Path(temporary) / 'corrected'
         write_embedded(base, plain)

@@ -36,15 +36,16 @@ LOSSES: dict[str, Entry] = {
 }
 
 
-def loss_settings(name: str) -> list[str]:
-    """Names of the settings of a loss, in the order of its arguments.
+def loss_settings(name: str) -> dict[str, Any]:
+    """Settings of a loss by name, in the order of its arguments, with their defaults.
 
     Raises:
         ValueError: When there is no such loss.
     """
     if name not in LOSSES:
         raise ValueError(f'there is no loss {name}, choose one of {", ".join(LOSSES)}.')
-    return list(inspect.signature(LOSSES[name].loss).parameters)[2:]  # without num_classes and feat_dim
+    parameters = list(inspect.signature(LOSSES[name].loss).parameters.values())
+    return {one.name: one.default for one in parameters[2:]}  # without num_classes and feat_dim
 
 
 def create_loss(name: str, num_classes: int, feat_dim: int, **settings: Any) -> Any:

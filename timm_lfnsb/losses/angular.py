@@ -31,6 +31,8 @@ class AngularMarginLoss(nn.Module):
 
     def __init__(self, num_classes: int, feat_dim: int, margin: float, scale: float):
         super().__init__()
+        if not (margin > 0 and scale > 0):
+            raise ValueError(f'margin and scale must be above 0, got {margin} and {scale}.')
         with one_sentence(f'{type(self).__name__} cannot be made'):
             from pytorch_metric_learning import losses
         self.num_classes = num_classes

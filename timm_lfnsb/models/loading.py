@@ -62,7 +62,7 @@ def _create_model(name: str, cache_dir: str | Path | None) -> tuple[nn.Module, A
     model = timm.create_model(name, pretrained=True, cache_dir=cache_dir)
     if prefix.lower() == 'local-dir':
         return model, read_json(Path(model_id) / 'config.json').get(TEMPERATURE_KEY)
-    weights = '{architecture}.{tag}'.format_map(model.pretrained_cfg)
+    weights = '.'.join(str(model.pretrained_cfg.get(key)) for key in ('architecture', 'tag'))
     return model, weights_info(weights).get('temperature') if weights in embedded_weights() else None
 
 

@@ -162,7 +162,8 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _open_camera(number: int, fps: float | None) -> Footage:
-    camera = cv2.VideoCapture(number)
+    with one_sentence(f'camera {number} cannot be opened'):
+        camera = cv2.VideoCapture(number)
     if not camera.isOpened():
         raise UserError(f'camera {number} cannot be opened: is it plugged in, is no other program using it, and may '
                         'this one? The first camera is 0.')

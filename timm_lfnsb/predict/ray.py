@@ -56,8 +56,9 @@ class RecognizeBatch:
         """The rows of a batch, columns by name as Ray gives it by default; ValueError where columns lack or clash."""
         if self.column not in batch:
             raise ValueError(f'there is no column {self.column} of pictures among {", ".join(batch)}.')
-        images = (image.get('bytes') or image.get('path') if isinstance(image, Mapping) else image
-                  for image in batch[self.column])
+        images: Iterator[Any] = (
+            image.get('bytes') or image.get('path') if isinstance(image, Mapping) else image
+            for image in batch[self.column])
         numbers, faces = face_rows(_stream(self.recognizer, images), self.recognizer.label_names)
         others = {name: values[numbers] for name, values in batch.items() if name != self.column}
         if clash := others.keys() & set(faces.column_names):

@@ -221,7 +221,7 @@ class ExpressionRecognizer:
         recognizer = self
         if footage.live:  # each frame is wanted before the next one is there
             recognizer = copy.copy(self)
-            recognizer.batch_size, recognizer.workers = 1, min(1, self.workers)
+            recognizer.batch_size, recognizer.workers = 1, 0
         return follow(footage.frames, recognizer.stream, Tracks(footage.rate, smooth, patience), self.unsure)
 
     def _prepared(self, images: Iterable[ImageInput]) -> Iterator[_Prepared]:

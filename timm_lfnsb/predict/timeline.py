@@ -107,7 +107,8 @@ class FrameDrawer:
     def _draw_person(self, draw: ImageDraw.ImageDraw, person: Person, across: float, down: float) -> None:
         left, top = person.box[0] * across, person.box[1] * down
         right, bottom = left + person.box[2] * across - 1, top + person.box[3] * down - 1
-        color = self._palette[self._names.index(person.label)]
+        best = max(person.probabilities, key=person.probabilities.__getitem__)  # the label may be `UNSURE`
+        color = self._palette[self._names.index(best)]
         draw.rectangle((left, top, right, bottom), outline='black', width=4)
         draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=color, width=2)
         text = f'{person.track}  {person.label} {person.score:.2f}'

@@ -56,7 +56,7 @@ def video_lines(
     if summary:
         with one_sentence('--summary cannot draw'):
             from matplotlib.figure import Figure
-        if summary.suffix[1:] not in Figure().canvas.get_supported_filetypes():
+        if summary.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
             raise UserError(f'--summary {summary}: give a file name that ends in .png, .svg or .pdf.')
     # Frames are searched beside each other and beside the network: more threads in each would wait for cores, busily.
     cv2.setNumThreads(1)

@@ -64,15 +64,26 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             if not equals:
                 raise ValueError(f'{pair} is not key=value.')
             settings[key.strip()] = _value(value.strip())
+        defaults = loss_settings(name)
+        for key, value in settings.items():
+            if key in defaults and not _fits(value, defaults[key]):
+                raise ValueError(f'{key} is {value}, but must be like its default, {defaults[key]}.')
         with torch.random.fork_rng(devices=[]):
             create_loss(name, 2, 2, **settings)
         weight = _value(number) if number else LOSSES[name].weight
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        if not _fits(weight, 1.) or weight <= 0:
             raise ValueError(f'the weight must be a number above 0, not {number}.')
     except ValueError as error:
         reason = str(error).rstrip('.')
         raise UserError(f'--feature-loss {text} ({_FORM}): {reason}.') from None
     return name, {'weight': float(weight), **settings}
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default: text, true or false, a whole number, or any finite number."""
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is type(default)
 
 
 def _value(text: str) -> Any:

@@ -157,6 +157,7 @@ def _loss(settings: dict[str, Any]) -> str:
         fixed = ', fixed centers' if settings.get('cosine_harmony_fixed_centers') else ''
         text += (f" + {settings['cosine_harmony']:g} CH ({settings.get('cosine_harmony_variant')}, alpha "
                  f"{settings.get('cosine_harmony_alpha', 0):g}{fixed})")
-    for loss in settings.get('feature_loss') or []:
+    losses = settings.get('feature_loss') or []
+    for loss in [losses] if isinstance(losses, str) else losses:  # a YAML file may name one
         text += f' + {loss}'
     return text + (f" + distilled from {settings['kd_model_name']}" if settings.get('kd_model_name') else '')

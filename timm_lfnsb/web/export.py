@@ -18,6 +18,7 @@ from ..errors import UserError, one_sentence
 from ..export.export import Report, export_model
 from ..labels import model_label_names
 from ..models.input_config import input_config
+from ..models.temperature import TEMPERATURE_KEY
 from ..predict.faces import FERPLUS_TEMPLATE, YUNET, YUNET_SIDES, YuNetDetector
 from ..util.files import write_json
 from ..version import __version__
@@ -150,9 +151,14 @@ def _add_preparation(file: Path, preparation: str) -> dict[str, str]:
     """Let a classifier take a square RGBA crop (side, side, 4) and give probabilities; returns its metadata."""
     import onnx
     network = _join(preparation, onnx.load(file))
-    network.graph.node.append(onnx.helper.make_node('Softmax', ['output'], ['probabilities'], axis=1))
-    network.graph.output[0].name = 'probabilities'
     metadata = {entry.key: entry.value for entry in network.metadata_props} | {'input': 'rgba'}
+    temperature = float(metadata.pop(TEMPERATURE_KEY, 1.))  # what stays in a file's metadata is still to be applied
+    network.graph.initializer.append(onnx.helper.make_tensor('temperature', onnx.TensorProto.FLOAT, [], [temperature]))
+    network.graph.node.extend([
+        onnx.helper.make_node('Div', ['output', 'temperature'], ['scaled']),
+        onnx.helper.make_node('Softmax', ['scaled'], ['probabilities'], axis=1)])
+    network.graph.output[0].name = 'probabilities'
+    del network.metadata_props[:]
     onnx.helper.set_model_props(network, metadata)
     onnx.save(network, file)
     return metadata

@@ -1,4 +1,5 @@
-// From a picture to its faces and their expressions: in the browser what timm_lfnsb/predict does in Python.
+// From a picture to its faces and their expressions: in the browser what timm_lfnsb/predict does in Python, but for
+// pictures that lie or stand on their heads, and the third search for tiny faces.
 // Nothing here touches the page, and nothing is sent anywhere.
 
 const LONGEST_SIDE = 4096; // larger pictures are shrunk first: some phones have no larger canvas
@@ -73,7 +74,7 @@ export class Recognizer {
 
   /** The upright faces of a canvas, largest first: `box` [x, y, width, height], five `points` [x, y], `score`. */
   async detect(canvas) {
-    const [least, most] = this.config.detector.sides; // faces that fill a large input are not seen, nor tiny ones
+    const [least, most] = this.config.detector.sides; // the first two: faces that fill a large input are not seen, nor tiny ones
     const small = copyPicture(canvas, canvas.width, canvas.height, most);
     const longest = Math.max(small.width, small.height);
     const found = [];
