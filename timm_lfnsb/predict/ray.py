@@ -175,7 +175,7 @@ def _connected(address: str | None, workers: int | None) -> Iterator[None]:
     # No statistics to Ray's makers, no alarms about its own ways, and workers that are as nice as `predict`.
     for name, value in {'USAGE_STATS_ENABLED': '0', 'BACKEND_LOG_LEVEL': 'fatal', 'worker_niceness': '0'}.items():
         os.environ.setdefault(f'RAY_{name}', value)
-    own = {} if address else {  # only names, counts and the model go through the object store
+    own: dict[str, Any] = {} if address else {  # only names, counts and the model go through the object store
         'num_cpus': workers or available_cores(), 'include_dashboard': False, 'object_store_memory': 1 << 29}
     with one_sentence(f'Ray cannot be reached at {address}' if address else 'Ray does not start'):
         ray.init(address or 'local', log_to_driver=False, logging_level=logging.ERROR, **own)
