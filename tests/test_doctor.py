@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from timm_lfnsb import __version__, doctor, errors
 from timm_lfnsb.cli import main
+from timm_lfnsb.weights.names import embedded_weights
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_a_sound_installation(report, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_secret')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     lines = report()
-    assert lines['timm_lfnsb'].startswith(__version__) and lines['timm_lfnsb'].endswith('lfnsb.ferplus')
+    assert lines['timm_lfnsb'].startswith(__version__) and lines['timm_lfnsb'].endswith(', '.join(embedded_weights()))
     for name in ('timm', 'torch', 'huggingface_hub'):
         assert f'{name} {version(name)}' in lines['libraries']
     assert '.'.join(map(str, sys.version_info[:3])) in lines['system']

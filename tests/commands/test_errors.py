@@ -70,6 +70,7 @@ WRONG_CALLS = {
     'recipe show no_such_recipe': 'no_such_recipe', 'recipe path no_such_recipe': 'no_such_recipe',
     'reproduce show {broken}': 'broken', 'reproduce show {missing}': 'missing',
     'run {missing}': 'missing',
+    'score {missing} {new}': 'missing',
     'video {missing}': 'missing', 'video {broken}': 'broken',
     'weights verify no_such_weights --data-dir {faces}': 'no_such_weights', 'weights runs {empty}': 'empty',
 }

@@ -96,7 +96,7 @@ def test_other_scripts_run_as_they_are_and_import_their_siblings(tmp_path):
     (['--feature-loss', 'center:0'], ['above 0, not 0']),
     (['--feature-loss', 'center:1:alpha=1'], ['no setting alpha, only learn_centers']),
     (['--feature-loss', 'island:1:5'], ['5 is not key=value']),
-    (['--feature-loss', 'dacl:1:hidden=wide'], ['dacl cannot be made with']),
+    (['--feature-loss', 'dacl:1:hidden=wide'], ['hidden is wide, but must be like its default']),
     (['--feature-loss', 'cosine-harmony', '--cosine-harmony', '1'], ['named twice']),
     (['--feature-loss', 'arcface', '--mixup', '0.2'], ['arcface takes no mixed labels', '--mixup']),
     (['--feature-loss', 'center', '--torchscript'], ['--feature-loss cannot be combined', '--torchscript']),
