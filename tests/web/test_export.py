@@ -27,6 +27,7 @@ from timm_lfnsb import ExpressionRecognizer
 from timm_lfnsb.cli import main
 from timm_lfnsb.data.images import sample_picture
 from timm_lfnsb.errors import UserError
+from timm_lfnsb.models.loading import load_model
 from timm_lfnsb.predict.faces import YUNET, YuNetDetector, crop_upright
 from timm_lfnsb.web.export import CDN, RUNTIME, export_web
 
@@ -203,7 +204,7 @@ def launch(tmp_path_factory):
 def site(npm, launch, tmp_path_factory):
     """The page of `lfnsb` without any network once it is loaded, at a phone's width."""
     folder = tmp_path_factory.mktemp('site') / 'page'
-    export_web(timm.create_model('lfnsb', pretrained=True), folder, npm)
+    export_web(load_model('lfnsb'), folder, npm)
     site = launch(folder, viewport={'width': 390, 'height': 844}, color_scheme='dark')
     site.says('^Ready')
     site.page.evaluate('''async () => {
