@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from .errors import EXTRAS, reason
+from .export.exported import import_openvino
 from .util.files import file_sha256
 from .util.machine import available_cores, cpu_name, git_commit
 from .version import __version__
@@ -89,8 +90,7 @@ def _runtimes() -> str:
         if find_spec(name) is None:
             return f'no {name}'
         try:
-            if name != 'openvino':  # whose import tells Google Analytics
-                import_module(name)
+            import_openvino() if name == 'openvino' else import_module(name)
         except Exception as error:  # a runtime that is installed wrongly raises anything
             return f'{name} does not work ({reason(error)})'
         return _versions([name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,19 @@ def _open_onnx(path: Path, threads: int | None) -> Opened:
     return lambda images: session.run(None, {entry.name: images})[0], metadata, entry.shape[0]
 
 
+def import_openvino() -> Any:
+    """The package openvino, imported without its telemetry, which would report the import to Google Analytics."""
+    hidden = 'openvino_telemetry' not in sys.modules
+    if hidden:
+        sys.modules['openvino_telemetry'] = None  # type: ignore[assignment]  # its import fails, and a stub is taken
+    try:
+        import openvino
+    finally:
+        if hidden:
+            sys.modules.pop('openvino_telemetry', None)
+    return openvino
+
+
 @functools.cache
 def openvino_core() -> Any:
     """OpenVINO's `Core`, one for the life of the process, so that its CPU plugin stays.
@@ -107,8 +121,7 @@ def openvino_core() -> Any:
     Else whichever thread lets go of the last model frees a signal stack of the thread that loaded the plugin, and the
     next signal with a handler ends the process.
     """
-    import openvino
-    return openvino.Core()
+    return import_openvino().Core()
 
 
 def _open_openvino(path: Path, threads: int | None) -> Opened:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .exported import EXECUTORCH_METHOD, OPENVINO_SECTION, TORCH_EXTRA_FILE
+from .exported import EXECUTORCH_METHOD, OPENVINO_SECTION, TORCH_EXTRA_FILE, import_openvino
 
 # Convolutions of fewer channels stay as they are in int8 files: their conversions cost more than they save.
 MIN_INT8_CHANNELS = 32
@@ -108,7 +108,7 @@ def _quantize(file: Path, calibration: np.ndarray, batch: int) -> None:
 
 def write_openvino(model: nn.Module, file: Path, order: Order) -> None:
     """Write OpenVINO's two files, from ONNX: int8 is what that file quantises."""
-    import openvino
+    openvino = import_openvino()
     source = file.with_suffix('.onnx')
     write_onnx(model, source, replace(order, precision='int8' if order.precision == 'int8' else 'fp32'))
     network = openvino.convert_model(source)
