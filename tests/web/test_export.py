@@ -106,7 +106,7 @@ def test_page(tmp_path):
     (dict(label_names=None), 'no label_names'),
     (dict(input_size=(3, 64, 96)), r'square inputs of 1 or 3 channels.*\(3, 64, 96\)'),
     (dict(interpolation='lanczos'), r'resized by bilinear or bicubic, .* lanczos'),
-    (dict(out='full'), 'full is there already'),
+    (dict(out='page.onnx'), 'named like a file'), (dict(out='full'), 'full is there already'),
     (dict(out='full/file'), 'file is there already'),
     (dict(runtime_dir='full'), 'full does not have ort.wasm.bundle.min.mjs and .*npm pack'),
     (dict(precision='int8'), '--calibrate'),

@@ -16,7 +16,7 @@ from ..data.images import read_image, sample_picture
 from ..errors import UserError
 from ..predict.recognizer import ExpressionRecognizer, Face
 from ..util.machine import available_cores, cpu_name
-from .measure import quartiles
+from ..util.timing import quartiles
 from .process import peak_memory
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError, one_sentence
 from ..export.export import Report, export_model
+from ..export.exported import SUFFIXES
 from ..labels import model_label_names
 from ..models.input_config import input_config
 from ..models.temperature import TEMPERATURE_KEY
@@ -59,6 +60,8 @@ def export_web(
             its inputs as the page cannot make them, or the classifier disagrees with it; then nothing is written.
     """
     out = Path(out)
+    if out.suffix in SUFFIXES:
+        raise UserError(f'{out} is named like a file, and the page is a folder: leave out --format web, or name a folder.')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} is there already: name a new folder.')
     label_names, preparation = model_label_names(model), _preparation(input_config(model))
