@@ -61,7 +61,7 @@ def export_web(
     """
     out = Path(out)
     if out.suffix in SUFFIXES:
-        raise UserError(f'{out} is named like a file, and the page is a folder: leave out --format web, or name a folder.')
+        raise UserError(f'{out} is named like a file, but the page is a folder: leave out --format web, or rename it.')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} is there already: name a new folder.')
     label_names, preparation = model_label_names(model), _preparation(input_config(model))
