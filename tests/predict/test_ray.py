@@ -142,8 +142,8 @@ def test_parquet_and_what_ends_a_run(cluster, portrait, tmp_path, monkeypatch):
     plain = Results.__init__
     monkeypatch.setattr(Results, '__init__', lambda self, folder, settings: (
         plain(self, folder, settings), (tmp_path / 'taken' / '_run').write_text('other'))[0])
-    code, text, err = score(folder, tmp_path / 'taken')
-    assert (code, text) == (1, '') and 'another run writes' in err and not list((tmp_path / 'taken').glob('*.parquet'))
+    code, _, err = score(folder, tmp_path / 'taken')  # Ray itself may print of workers that ended before
+    assert code == 1 and 'another run writes' in err and not list((tmp_path / 'taken').glob('*.parquet'))
 
 
 @pytest.mark.slow
