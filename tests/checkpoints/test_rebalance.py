@@ -90,7 +90,8 @@ def test_the_strength_is_the_best_that_the_cost_allows(cost):
 
 @pytest.mark.parametrize(('change', 'reason'), [
     ('occupied', 'is there already'), ('classifier', 'no bias for each class'),
-    ('counts', 'a class without images'), ('description', 'make the folder with timm-lfnsb prepare')])
+    ('counts', 'a class without images'), ('split', 'has no training split'),
+    ('description', 'make the folder with timm-lfnsb prepare')])
 def test_what_cannot_be_rebalanced(change, reason, folders, tmp_path):
     model, data = folders
     out = tmp_path / 'out'
@@ -103,6 +104,8 @@ def test_what_cannot_be_rebalanced(change, reason, folders, tmp_path):
     elif change == 'counts':
         (data / 'dataset.json').write_text(
             json.dumps({'sha256': 'abc', 'splits': {'train': {'counts': {**COUNTS, 'fear': 0}}}}))
+    elif change == 'split':
+        (data / 'dataset.json').write_text(json.dumps({'sha256': 'abc', 'splits': {'validation': {'counts': COUNTS}}}))
     else:
         (data / 'dataset.json').unlink()
     result = invoke(model, out, data)

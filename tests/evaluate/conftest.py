@@ -42,6 +42,8 @@ for function in (left, short, negative, infinite, failing):
 def peers(tmp_path, monkeypatch):
     """The module `peers` in the working directory, freshly imported."""
     (tmp_path / 'peers.py').write_text(PEERS)
+    (tmp_path / 'quits.py').write_text('raise SystemExit(3)')
+    (tmp_path / 'needs.py').write_text('import no_such_module')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', sys.path[:])
     yield

@@ -80,6 +80,7 @@ def test_a_function_gets_pictures_and_is_matched_by_name(face_folder, peers, wor
 
 @pytest.mark.parametrize('name, message', [
     ('no_such_module:f', 'there is no module no_such_module here'),
+    ('quits:f', r'the module quits ends Python \(3\)'), ('needs:f', 'it needs no_such_module'),
     ('peers:no_such', "cannot load the model peers:no_such: .*no attribute 'no_such'"),
     ('peers:nameless', 'in its attribute label_names'), ('peers:threads', 'must be a function'),
     ('peers:twice', r'two outputs of one meaning .*\[anger, Angry\]'),

@@ -310,6 +310,8 @@ def test_losses_are_compared_at_weights_chosen_before(fake, fake_folder, data, m
     monkeypatch.setenv('FAKE_BEST', 'center-0.03-2epochs:0' if first > best else 'center-0.00:0')
     plan = fake.plan('losses', seeds=2, losses=LOSSES, weights='chosen')
     assert "or the papers'" in dry_run(plan)
+    twice = fake.plan('losses', losses=('center:0.01', 'center:0.1'), weights='chosen').trials
+    assert len({run.row.name for run in twice.runs}) == len(twice.runs) == 4  # 0.01, 0.001, 0.1 and 1
     results, failures = reproduce(plan, report=lambda line: None)
     assert not failures and results['complete']
     calls = fake.calls()

@@ -209,6 +209,7 @@ def test_rebalanced_weights_are_the_base_with_another_bias(shelf, tmp_path, monk
     assert result.exit_code == 0 and f'`{name}`' in result.output, result.output
     info, base = ship.checked_info(name), ship.checked_info(NAME)
     assert info['model'] == name and info['base'] == NAME and info['notes'] == [*base['notes'], 'By dice.']
+    assert 'robustness' in base and 'robustness' not in info  # another network's
     assert info['runs'] == base['runs'] and info['metrics']['test']['count'] == 24 and info['sha256'] != base['sha256']
     before, after = (load_file(shelf / f'{weights}.safetensors') for weights in (NAME, name))
     shares = torch.tensor([3.] * 7 + [1.]) / 22

@@ -115,6 +115,7 @@ def test_damage_in_the_middle_does_not_end_a_file(tmp_path, noisy):
     ('missing.mp4', 'there is no file or folder'), ('text.mp4', 'cannot be read as a video'),
     ('empty', 'has no images'),
     ('sound.wav', 'no pictures'), ('late.mp4', 'before its index was written'), (7, 'camera 7 cannot be opened'),
+    (10 ** 12, 'camera 1000000000000 cannot be opened'),
 ])
 def test_what_is_no_moving_picture(tmp_path, monkeypatch, noisy, source, message):
     monkeypatch.chdir(tmp_path)

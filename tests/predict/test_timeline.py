@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -52,6 +53,11 @@ def test_boxes_are_drawn_where_the_faces_are():
         happy = colors(EXPRESSIONS_8)[1]
         assert (drawn[90 + 4:270 - 4, 60 + 4:240 - 4] == 77).all()
         assert share(drawn[120:240, 60:64], happy) > 0.4 and share(drawn[120:240, 0:56], happy) == 0
+
+
+def test_who_is_unsure_has_the_color_of_the_most_probable_expression():
+    drawn = [FrameDrawer(EXPRESSIONS_8)(frame(0, replace(person(1), label=label))) for label in ('happiness', 'unsure')]
+    assert share(drawn[1], colors(EXPRESSIONS_8)[1]) > 0.5 * share(drawn[0], colors(EXPRESSIONS_8)[1]) > 0
 
 
 @pytest.mark.parametrize('size', [(1, 1), (33, 51), (64, 480), (300, 20)])

@@ -38,6 +38,9 @@ def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
     assert first['last train loss'] == '1.500' and first['size'] == '56' and 'alpha 0.1' in first['loss']
     assert second['best validation'] == '-' and second['epochs'].startswith('0') and second['model'] == 'resnet18'
     assert 'lr base 0.1' in second['optimiser'] and second['loss'] == 'CE + center + dda:0.1'
+    [begun] = runs.read_runs(tmp_path / 'b')
+    begun['settings']['feature_loss'] = 'center'  # as a YAML file may name one
+    assert runs.run_cells(begun)['loss'] == 'CE + center'
 
 
 def test_runs_without_folders_are_those_of_the_embedded_weights():

@@ -156,6 +156,18 @@ def test_timms_saver_and_resume_restore_model_losses_and_averages(make, tmp_path
     torch.testing.assert_close(other.trainable_module.state_dict(), task.trainable_module.state_dict())
 
 
+def test_losses_that_a_checkpoint_does_not_have_begin_anew_with_a_warning(caplog):
+    old = make_feature_task({'center': {}}, tiny('test_resnet'))
+    new = make_feature_task({'center': {}, 'dda': {}}, tiny('test_resnet'))
+    state, begun = old.get_task_state(), new.get_task_state()['dda']['centers'].clone()
+    old.load_task_state(state)
+    assert not caplog.records
+    new.load_task_state(state)
+    assert 'with the losses center, and this one has center, dda' in caplog.text
+    torch.testing.assert_close(new.get_task_state()['center'], state['center'])
+    torch.testing.assert_close(new.get_task_state()['dda']['centers'], begun)
+
+
 @pytest.mark.parametrize('losses, message', [
     ({'focal': {}}, 'no loss focal'), ({'center': {'alpha': 1}}, 'no setting alpha'),
     ({'cosine-harmony': {'margin': 2}}, 'margin')])

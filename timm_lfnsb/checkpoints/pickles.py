@@ -66,7 +66,8 @@ def load(path: Path) -> tuple[Any, str]:
                 value = torch.load(file, map_location='cpu', weights_only=True, mmap=False)
     except Exception as error:  # what a file holds can make readers raise nearly anything
         cause = error.__context__ or error  # not torch's advice to trust the file, but what it met
-        reason = shown(str(cause).split('\n')[0].split('. ')[0].rstrip('.')) or type(cause).__name__
+        text = '' if isinstance(cause, KeyError) else str(cause)  # a key alone says nothing
+        reason = shown(text.split('\n')[0].split('. ')[0].rstrip('.')) or type(cause).__name__
         raise UserError(
             f'{path} is no checkpoint, or damaged, or needs code to be read, and none was run ({reason}): take a state '
             'dict saved by torch 1.6 or newer, or safetensors.') from None

@@ -50,6 +50,8 @@ def bench(
     from ..bench import measure
     from ..bench import report as reports
     if photographs:
+        if show or plot or len(models) > 1:
+            raise click.UsageError('--photographs takes one model, and neither --show nor --plot.')
         from ..bench.photographs import format_photographs, measure_photographs
         figures = measure_photographs(
             photographs, (models or ('lfnsb',))[0], rounds=options['rounds'],

@@ -26,7 +26,7 @@ import click
               help='Repeat the outermost pixels around what is searched.')
 @click.option('--tta', type=click.Choice(['hflip']), help='Average over each image and its mirror image.')
 @click.option('--calibration/--no-calibration', default=True, show_default=True,
-              help="Apply the model's temperature to the probabilities, if it has one, or take plain softmax.")
+              help="Divide the logits by the weights' temperature, if they have one, or take plain softmax.")
 @click.option('--batch-size', default=64, show_default=True, type=click.IntRange(min=1))
 @click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
 @click.option('--workers', default=2, show_default=True, type=click.IntRange(min=0), help='Processes that read images.')

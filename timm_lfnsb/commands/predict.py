@@ -20,7 +20,7 @@ import click
               help='Fraction of the found box to add on each side; negative cuts tighter.')
 @click.option('--align', is_flag=True, help='Cut faces out by eyes, nose and mouth in place of their boxes.')
 @click.option('--calibration/--no-calibration', default=True, show_default=True,
-              help='Apply the temperature that comes with the weights, if any, or give plain softmax.')
+              help="Divide the logits by the weights' temperature, if they have one, or take plain softmax.")
 @click.option('--unsure', default=0., metavar='P', type=click.FloatRange(0, 1),
               help='Say "unsure" of faces whose highest probability is below P.')
 @click.option('--json', 'as_json', is_flag=True, help='One JSON object an image a line: its faces, or its error.')

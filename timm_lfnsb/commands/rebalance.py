@@ -11,7 +11,7 @@ import click
 @click.option('--cost', default=0.03, show_default=True, type=click.FloatRange(0, 1),
               help='Accuracy on the validation split that it may cost.')
 def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float) -> None:
-    """Make the network in FOLDER find rare classes: OUT_DIR has the prior of the training labels out of its bias."""
+    """Make the network in FOLDER find rare classes: OUT_DIR's bias loses the prior of the training labels."""
     from ..checkpoints.rebalance import rebalance as rebalance_folder
     found = rebalance_folder(folder, out_dir, data_dir, cost)
     (accuracy, accuracy_after), (balanced, balanced_after) = found['accuracy'], found['balanced_accuracy']

@@ -5,8 +5,13 @@ from typing import Any
 
 import click
 
+from .predict import predict
 
-@click.command()
+# What `predict` takes, too; of video the score is the smoothed one.
+_SHARED = ('model', 'min_score', 'calibration', 'unsure', 'workers', 'device', 'runtime')
+
+
+@click.command(params=[parameter for parameter in predict.params if parameter.name in _SHARED])
 @click.argument('source')
 @click.option('--fps', type=click.FloatRange(min=0, min_open=True), help='Frames a second to take; all by default.')
 @click.option('--json', 'as_json', is_flag=True, help='One JSON object a frame a line in place of CSV.')
@@ -21,20 +26,8 @@ import click
               help='How long a person may not be seen and is still the same one.')
 @click.option('--folder-rate', default=25., show_default=True, type=click.FloatRange(min=0, min_open=True),
               metavar='FPS', help="Frames a second that a folder's images stand for.")
-@click.option('--calibration/--no-calibration', default=True, show_default=True,
-              help="Divide the logits by the weights' temperature, if they have one; or take plain softmax.")
-@click.option('--unsure', type=click.FloatRange(0, 1), default=0., metavar='P',
-              help="Say 'unsure' of people whose smoothed score is below P.")
-@click.option('--model', default='lfnsb', show_default=True, metavar='NAME',
-              help='A timm name with weights, local-dir:PATH, hf-hub:ID or a file that `timm-lfnsb export` wrote.')
-@click.option('--min-score', default=0.7, show_default=True, type=click.FloatRange(0, 1, True, True),
-              help='Score of the faintest face that the detector may report.')
 @click.option('--turn/--no-turn', default=False, show_default=True,
               help='Whether to search frames without an upright face turned, too: takes up to four times as long.')
-@click.option('--workers', type=click.IntRange(min=0), help='Threads that search frames; one a core by default.')
-@click.option('--device', default='auto', show_default=True, help='A torch device; auto takes CUDA or MPS if there.')
-@click.option('--runtime', default='torch', show_default=True, type=click.Choice(['torch', 'onnxruntime', 'auto']),
-              help='onnxruntime: export the model once into a cache, and run that; auto: if it is faster here.')
 def video(**options: Any) -> None:
     """Follow the people in a moving picture and name their expressions over time.
 

@@ -137,7 +137,7 @@ def find_images(path: Path, skip: Path | None = None) -> list[tuple[Path, Path]]
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.') and not file.is_dir()
         and not (skipped and skipped in Path(os.path.realpath(file)).parents))
     if not found:
-        raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
+        raise UserError(f'{path} has no images: no file in it has a suffix of pictures, such as .jpg or .png.')
     return [(file, file.relative_to(path)) for file in found]
 
 

@@ -27,7 +27,7 @@ class Predictions:
     labels: np.ndarray
     """True class indices (N,), int64, into `label_names`."""
     probabilities: np.ndarray
-    """Softmax outputs (N, C), float32."""
+    """Probabilities (N, C)."""
     label_names: Sequence[str]
 
     @property

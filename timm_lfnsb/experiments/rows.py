@@ -91,7 +91,8 @@ def table_rows(experiment: str, recipe: Mapping[str, Any], folds: int) -> list[R
 
 def weight_rows(model: str, losses: Sequence[Loss]) -> list[Row]:
     """Each loss with each of the weights to choose from."""
-    weighted = [loss._replace(weight=loss.weight * factor) for loss in losses for factor in FACTORS]
+    # As they are written: 0.1 * 0.1 is another number than 0.01.
+    weighted = [loss._replace(weight=float(f'{loss.weight * factor:g}')) for loss in losses for factor in FACTORS]
     return [Row(loss.title, model, loss) for loss in dict.fromkeys(weighted)]
 
 

@@ -21,7 +21,7 @@ from ..errors import UserError, one_sentence
 from ..models.temperature import TEMPERATURE_KEY, check_temperature
 
 SUFFIXES = {'.onnx': 'onnx', '.xml': 'openvino', '.pt2': 'torch-export', '.pte': 'executorch'}
-"""File suffix -> format, as `timm-lfnsb export --format` names it."""
+"""File suffix -> format, as reports of `timm-lfnsb export` name it."""
 
 # Of the metadata: how timm's preprocessing makes the input.
 INPUT_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')

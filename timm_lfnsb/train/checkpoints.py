@@ -88,15 +88,17 @@ def load_losses(task: Any, options: argparse.Namespace) -> None:
         return
     state = checkpoint.get('task_state_ema') or checkpoint.get('task_state') or {}
     same = not old or not new or [*map(canonical_name, old)] == [*map(canonical_name, new)]
-    for name, loss in task.get_task_state().items():
+    own = task.get_task_state()
+    for name, loss in [*own.items()]:
         if name not in state:
             continue
         shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (loss, state[name])]
         if same and shapes[0] == shapes[1]:
-            task.load_task_state({name: state[name]})
+            own[name] = state[name]
         else:
             _logger.warning(f'The centers of {name} in --initial-checkpoint are of other classes or features: they '
                             'start anew.')
+    task.load_task_state(own)
 
 
 def check_output(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ class TeacherEnsemble(DistillationTeacher):
     Args:
         teachers: Networks in eval mode with their weights and `label_names`.
         label_names: The run's label names; each teacher's outputs are put into this order by name.
-        adjustment: Logits (C,) to take off their answer, as `LogitAdjustment` adds them in the student's loss.
+        adjustment: Logits (C,) to subtract from their answer, as `LogitAdjustment` adds them in the student's loss.
         device: Where they run, in `dtype` (None for float32).
     """
 

@@ -1,6 +1,7 @@
 """Training tasks for timm: classification loss plus losses on features, for any timm model."""
 from __future__ import annotations
 
+import logging
 from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
@@ -10,6 +11,8 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
 from ..losses import LOSSES, create_loss
+
+_logger = logging.getLogger(__name__)
 
 
 def average_features(features: torch.Tensor, output_fmt: str = 'NCHW', num_prefix_tokens: int = 0) -> torch.Tensor:
@@ -117,8 +120,12 @@ class FeatureLossMixin(TrainingTask):
 
     def load_task_state(
             self, state: dict | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False) -> None:
-        for name, loss in self._losses(module, ema).items():
-            if state and name in state:  # else its centers start anew
+        losses = self._losses(module, ema)
+        if state and not ema and state.keys() != losses.keys():
+            _logger.warning(f"The checkpoint is of a run with the losses {', '.join(state)}, and this one has "
+                            f"{', '.join(losses)}: what only one of the two has starts anew, or is dropped.")
+        for name, loss in losses.items():
+            if state and name in state:
                 loss.load_state_dict(state[name], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from torch import nn
 
+from ..checkpoints.pack import check_new
 from ..errors import UserError, one_sentence
 from ..export.export import Report, export_model
 from ..export.exported import SUFFIXES
@@ -62,8 +63,7 @@ def export_web(
     out = Path(out)
     if out.suffix in SUFFIXES:
         raise UserError(f'{out} is named like a file, but the page is a folder: leave out --format web, or rename it.')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f'{out} is there already: name a new folder.')
+    check_new(out)
     label_names, preparation = model_label_names(model), _preparation(input_config(model))
     own = [] if runtime_dir is None else _runtime_files(Path(runtime_dir))
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

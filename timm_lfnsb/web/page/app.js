@@ -83,7 +83,7 @@ const film = () => run(async (recognizer, wanted) => {
 });
 
 function summary(faces) {
-  if (!faces.length) return 'no face found. Upright faces of ten pixels and more are.';
+  if (!faces.length) return 'no face found. Faces must be upright, and not tiny.';
   const labels = faces.map(({ label }) => label);
   if (labels.length === 1) return `1 face: ${labels[0]}.`;
   const counts = [...new Set(labels)].map((name) => `${labels.filter((label) => label === name).length} ${name}`);
