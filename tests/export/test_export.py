@@ -159,6 +159,14 @@ def test_round_trip(suffix, options, tiny, tmp_path):
             runtime(other)
 
 
+def test_openvino_comes_without_its_telemetry():
+    pytest.importorskip('openvino', reason="pip install 'timm-lfnsb[export]' to test exports")
+    code = ('import sys; from timm_lfnsb.export.exported import import_openvino; print(import_openvino().__name__, '
+            '[name for name in sys.modules if "openvino_telemetry" in name])')
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == 'openvino []'
+
+
 def test_openvino_graph_and_its_end_in_another_thread(exported):
     """OpenVINO's plugin would free the signal stack of the main thread then; see `openvino_core`."""
     model, file, _ = exported('mfn', '.xml')
