@@ -9,6 +9,7 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 import timm
@@ -252,6 +253,23 @@ def test_reading_ahead_is_bounded(gradient):
         assert len(faces) == 1
         ahead = max(ahead, pulled - done)
     assert done == pulled == 60 and ahead < 2 * 3 + 2 * 4  # two images a worker, one batch ahead and one at the network
+
+
+def test_opencv_has_its_threads_back(portrait):
+    """One thread of OpenCV for each worker, of two streams at once; the last one that ends gives the others back."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        recognize = ExpressionRecognizer(tiny_model(), batch_size=1, workers=2)
+        first, second = (recognize.stream(iter([portrait] * 9)) for _ in range(2))
+        next(first), next(second)
+        assert cv2.getNumThreads() == 1
+        list(first)
+        assert cv2.getNumThreads() == 1
+        second.close()
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_buffers_may_be_used_again(recognize, portrait):

@@ -36,6 +36,7 @@ from .faces import (
     crop_face,
     crop_size,
     crop_upright,
+    opencv_on_one_thread,
 )
 from .frames import VideoInput, open_footage
 from .tracking import Tracks, VideoFrame, follow
@@ -185,7 +186,8 @@ class ExpressionRecognizer:
         """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be used.
 
         `batch_size` images or faces at a time, as crops. Workers are a batch and two images each ahead: `workers=0`
-        and `batch_size=1` where each result is wanted before the next image is there.
+        and `batch_size=1` where each result is wanted before the next image is there. While workers run, OpenCV uses
+        one thread for each of them.
         """
         pending: list[list[dict[str, Any]] | ImageError] = []
         crops: list[torch.Tensor] = []
@@ -239,7 +241,7 @@ class ExpressionRecognizer:
 
         numbered, queue = enumerate(images, 1), deque[Future[Any]]()
         ahead = self.batch_size + 2 * self.workers  # enough to do while the network has a batch
-        with ThreadPoolExecutor(self.workers) as pool:
+        with opencv_on_one_thread(), ThreadPoolExecutor(self.workers) as pool:
             try:
                 while True:
                     for number, source in islice(numbered, ahead - len(queue)):
