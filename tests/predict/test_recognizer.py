@@ -256,10 +256,13 @@ def test_reading_ahead_is_bounded(gradient):
 
 
 def test_opencv_has_its_threads_back(portrait):
-    """One thread of OpenCV for each worker, of two streams at once; the last one that ends gives the others back."""
-    before = cv2.getNumThreads()
+    """One for each worker that searches, of two streams at once; the last that ends gives the others back. People's own
+    detectors, which no worker runs, keep theirs."""
+    before, seen = cv2.getNumThreads(), []
     cv2.setNumThreads(3)
     try:
+        own = ExpressionRecognizer(tiny_model(), lambda image: seen.append(cv2.getNumThreads()), workers=2)
+        assert list(own.stream(iter([portrait] * 3))) == [[], [], []] and seen == [3, 3, 3]
         recognize = ExpressionRecognizer(tiny_model(), batch_size=1, workers=2)
         first, second = (recognize.stream(iter([portrait] * 9)) for _ in range(2))
         next(first), next(second)

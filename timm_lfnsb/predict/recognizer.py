@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
@@ -186,8 +187,8 @@ class ExpressionRecognizer:
         """Yield the faces of each image in order, or in its place the `ImageError` of one that cannot be used.
 
         `batch_size` images or faces at a time, as crops. Workers are a batch and two images each ahead: `workers=0`
-        and `batch_size=1` where each result is wanted before the next image is there. While workers run, OpenCV uses
-        one thread for each of them.
+        and `batch_size=1` where each result is wanted before the next image is there. While workers search,
+        OpenCV uses one thread for each of them, in the whole process.
         """
         pending: list[list[dict[str, Any]] | ImageError] = []
         crops: list[torch.Tensor] = []
@@ -241,7 +242,7 @@ class ExpressionRecognizer:
 
         numbered, queue = enumerate(images, 1), deque[Future[Any]]()
         ahead = self.batch_size + 2 * self.workers  # enough to do while the network has a batch
-        with opencv_on_one_thread(), ThreadPoolExecutor(self.workers) as pool:
+        with opencv_on_one_thread() if ours else nullcontext(), ThreadPoolExecutor(self.workers) as pool:
             try:
                 while True:
                     for number, source in islice(numbered, ahead - len(queue)):
