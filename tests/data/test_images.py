@@ -24,6 +24,7 @@ def test_path_and_pil_agree_with_exif_orientation_applied(tmp_path, gradient, or
     with Image.open(tmp_path / 'a.png') as image:
         for source in (image, tmp_path / 'a.png', str(tmp_path / 'a.png'), gradient):
             np.testing.assert_array_equal(read_image(source), gradient)
+        assert image.getexif()[0x0112] == orientation  # people's own images stay as they are
 
 
 def test_16_bit_is_scaled(tmp_path):

@@ -50,6 +50,15 @@ def test_small_faces_in_a_large_picture(portrait):
     np.testing.assert_allclose(corners, sorted(places), atol=8)
 
 
+def test_a_picture_gives_the_same_after_pictures_of_other_sizes(portrait):
+    detector, sizes = YuNetDetector(), [(224, 224), (1500, 1200), (60, 60), (600, 800), (224, 224), (1500, 1200)]
+    for size in sizes:
+        picture = cv2.resize(portrait, size, interpolation=cv2.INTER_AREA)
+        found, expected = detector(picture), YuNetDetector()(picture)
+        assert [face.box for face in found] == [face.box for face in expected] and found
+        np.testing.assert_array_equal([face.points for face in found], [face.points for face in expected])
+
+
 def test_nothing_to_find():
     rng = np.random.default_rng(0)
     for size in ((1, 1), (1, 3000), (3000, 2), (32, 320), (10, 1024), (200, 300)):

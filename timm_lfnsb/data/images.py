@@ -64,11 +64,12 @@ def read_image(source: ImageInput, name: str = '') -> np.ndarray:
         if isinstance(source, np.ndarray):
             return _from_array(source)
         if isinstance(source, Image.Image):
-            return _from_pil(source)
+            return _from_pil(ImageOps.exif_transpose(source))
         if not isinstance(source, (str, os.PathLike, bytes)) and not hasattr(source, 'read'):
             raise ImageError('an image is a path, bytes, an open binary file, a PIL image, an array or a tensor, '
                              f'not {type(source).__name__}.')
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            ImageOps.exif_transpose(image, in_place=True)  # large pictures take longer to copy than to decode
             return _from_pil(image)
     except ImageError as error:
         raise ImageError(f'{name}: {error}') from None
@@ -91,7 +92,6 @@ def _from_tensor(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
     if image.mode == 'I':  # 32-bit integers, which hold 16-bit pictures in practice
         array = np.asarray(image)
         if array.min() < 0 or array.max() > 65535:
@@ -99,7 +99,8 @@ def _from_pil(image: Image.Image) -> np.ndarray:
         return _from_array(array.astype(np.uint16))
     if image.mode == 'F' or image.mode.startswith('I;16'):
         return _from_array(np.asarray(image))
-    return _from_array(np.asarray(image.convert('RGBA' if image.has_transparency_data else 'RGB')))
+    mode = 'RGBA' if image.has_transparency_data else 'RGB'
+    return _from_array(np.asarray(image if image.mode == mode else image.convert(mode)))
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:

@@ -78,19 +78,23 @@ class YuNetDetector:
         if not 0 < min_score < 1:
             raise ValueError(f'min_score must be between 0 and 1, got {min_score}.')
         self.min_score, self.turn = min_score, turn
-        self._networks = threading.local()  # one a thread, because it keeps state
-        self._network()
+        # One a thread, because they keep state, and for each side: one that changes its size asks for all its memory
+        # anew, which took a third of the time.
+        self._networks = threading.local()
+        self._network(0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.min_score, self.turn)
 
-    def _network(self) -> Any:
-        if not hasattr(self._networks, 'network'):
+    def _network(self, number: int) -> Any:
+        """The one for the side of that number, from the smallest."""
+        networks = self._networks.__dict__.setdefault('by_number', {})
+        if number not in networks:
             with _LOADING:  # the level of OpenCV's log is that of the process
                 logging = getattr(cv2.utils, 'logging', None)  # OpenCV 4.8 has none, OpenCV 5 warns at every start
                 level = logging and logging.setLogLevel(logging.LOG_LEVEL_ERROR)
                 try:
-                    self._networks.network = cv2.FaceDetectorYN.create(str(YUNET), '', (320, 320), self.min_score, 0.3)
+                    networks[number] = cv2.FaceDetectorYN.create(str(YUNET), '', (320, 320), self.min_score, 0.3)
                 except cv2.error as error:
                     raise UserError(
                         f'OpenCV {cv2.__version__} cannot read {YUNET}: '
@@ -98,7 +102,7 @@ class YuNetDetector:
                 finally:
                     if logging:
                         logging.setLogLevel(level)
-        return self._networks.network
+        return networks[number]
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """The faces of a uint8 RGB array (H, W, 3), largest first, then from the top and the left."""
@@ -132,14 +136,15 @@ class YuNetDetector:
 
     def _search(self, image: np.ndarray) -> np.ndarray:
         """Rows (N, 15) of x, y, width, height, five points and the score, the best first, in pixels of the image."""
-        network, rows = self._network(), [np.empty((0, 15))]
-        longest = max(image.shape[:2])
-        for side in sorted({min(side, max(YUNET_SIDES[0], longest)) for side in YUNET_SIDES}):
+        rows, longest = [np.empty((0, 15))], max(image.shape[:2])
+        for number, side in enumerate(sorted({min(side, max(YUNET_SIDES[0], longest)) for side in YUNET_SIDES})):
+            network = self._network(number)
             resized = _resized(image, side / longest)
             height, width = resized.shape[:2]
-            padding = 0, max(0, MIN_INPUT - height), 0, max(0, MIN_INPUT - width)
-            padded = cv2.copyMakeBorder(
-                cv2.cvtColor(resized, cv2.COLOR_RGB2BGR), *padding, cv2.BORDER_CONSTANT)
+            padded = cv2.cvtColor(resized, cv2.COLOR_RGB2BGR)
+            if min(height, width) < MIN_INPUT:
+                padding = 0, max(0, MIN_INPUT - height), 0, max(0, MIN_INPUT - width)
+                padded = cv2.copyMakeBorder(padded, *padding, cv2.BORDER_CONSTANT)
             network.setInputSize(padded.shape[1::-1])
             found = network.detect(padded)[1]
             if found is not None:
