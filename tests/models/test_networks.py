@@ -11,6 +11,7 @@ from support import golden_networks, rule_input, rule_weights
 from timm.utils import reparameterize_model
 
 from timm_lfnsb.labels import EXPRESSIONS_7, EXPRESSIONS_8
+from timm_lfnsb.models.layers import MixConv
 from timm_lfnsb.models.networks import SpatialBiasHead, default_cfgs
 
 MODELS = sorted(default_cfgs)
@@ -170,6 +171,26 @@ def test_tags_without_weights(name, tag, labels):
     with pytest.raises(RuntimeError, match=f'{name}.{tag} has no trained weights.*lfnsb.ferplus'):
         timm.create_model(f'{name}.{tag}', pretrained=True)
     assert timm.create_model(f'{name}.{tag}', device='meta').num_classes == len(labels)
+
+
+def test_depthwise_gradients_are_exact_under_autocast():
+    """bfloat16 has 8 bits: gradients taken in it differ by up to 1/256."""
+    torch.manual_seed(0)
+    layer = MixConv({3: 4, 5: 4})
+    x = torch.randn(4, 8, 20, 20).bfloat16()
+    grad = torch.randn(4, 8, 20, 20).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.backward(grad)
+    reference = MixConv({3: 4, 5: 4}).double()
+    reference.load_state_dict(layer.state_dict())
+    expected = reference(x.double())
+    expected.backward(grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1 / 256, atol=1e-3)
+    for conv, exact in zip(layer.convs, reference.convs, strict=True):
+        assert conv.weight.grad.dtype == torch.float32
+        torch.testing.assert_close(conv.weight.grad.double(), exact.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_global_pool_choices():

@@ -76,6 +76,17 @@ class _PReLUFunction(torch.autograd.Function):
         return grad_positive.addcmul_(grad_negative, slopes), grad_negative.mul_(x).sum((0, 2, 3))
 
 
+def depthwise_in_float32(x: torch.Tensor) -> bool:
+    """Whether depthwise convolutions of maps should leave an autocast on the CPU, in training.
+
+    In bfloat16 their gradients take longer there than all the rest of a step.
+    """
+    return (
+        type(x) is torch.Tensor and x.device.type == 'cpu' and torch.is_grad_enabled()
+        and torch.is_autocast_enabled('cpu') and not torch.jit.is_tracing()
+    )
+
+
 def prelu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """PReLU of maps (B, C, H, W) with one slope a channel."""
     if not torch.jit.is_scripting():

@@ -15,7 +15,7 @@ from timm.models.repvit import RepVggDw as TimmRepVggDw
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import UserError
-from .cpu import apply_gates, channels_last_on_cpu, prelu, strip_means
+from .cpu import apply_gates, channels_last_on_cpu, depthwise_in_float32, prelu, strip_means
 
 # For fx these are single operators: it cannot follow what they choose by, and knows them only by their names here.
 for _name in ('apply_gates', 'channels_last_on_cpu', 'prelu', 'strip_means'):
@@ -122,6 +122,10 @@ class MixConv(nn.Module):
         self.as_built = str(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if depthwise_in_float32(x):
+                with torch.autocast('cpu', enabled=False):
+                    return self.forward(x.float()).to(x.dtype)
         if len(self.splits) == 1:
             return self.convs[0](x)
         parts = torch.split(x, self.splits, dim=1)
