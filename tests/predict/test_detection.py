@@ -46,9 +46,13 @@ def test_numbers_of_faces(evaluate):
     assert 'accuracy' not in figures
 
 
-def test_wrong_calls(evaluate):
+def test_wrong_calls(evaluate, tmp_path):
     assert 'is not in the range' in evaluate('happy/one.png', **{'min-score': 2})[0]
-    assert '--no-calibration are for crops' in evaluate('happy/one.png', tta='hflip')[0]
+    for option, value in ('tta', 'hflip'), ('seconds', 1), ('batch-size', 64), ('workers', 0), ('compare', 'mfn'):
+        assert f'--{option} is for crops' in evaluate('happy/one.png', **{option: value})[0]
+    assert 'a second --model is for crops' in evaluate('happy/one.png', model='lfn_small')[0]
+    crops = ['evaluate', '--model=lfnsb', f'--data-dir={tmp_path}', f'--out={tmp_path}', '--border=0.2']
+    assert '--border is for whole pictures' in CliRunner().invoke(main, crops).output
 
 
 def test_wrong_folders(evaluate, tmp_path):

@@ -2,6 +2,10 @@
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+FOR_CROPS = 'compare common groups seconds tta calibration batch_size workers'.split()
+FOR_PICTURES = 'min_score enlarge border'.split()
 
 
 @click.command()
@@ -50,10 +54,15 @@ def evaluate(
     table with McNemar's test of each pair and the time of an image. With --detector only detection.json.
     """
     models += (compare,) if compare else ()
-    if detector and (len(models) > 1 or options['tta'] or options['common'] or options['groups']
-                     or not options['calibration']):
-        raise click.UsageError(
-            '--compare, --tta, --common-classes, --groups and --no-calibration are for crops, without --detector.')
+    context = click.get_current_context()
+    wrong = [parameter.opts[0] for parameter in context.command.params
+             if parameter.name in (FOR_CROPS if detector else FOR_PICTURES)
+             and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE]
+    if detector and len(models) > 1:
+        wrong = [*wrong, 'a second --model']
+    if wrong:
+        raise click.UsageError(f'{wrong[0]} is for crops, without --detector.' if detector else
+                               f'{wrong[0]} is for whole pictures: add --detector yunet.')
     if detector:
         from ..evaluate.detection import evaluate_detector, format_detection
         click.echo(format_detection(evaluate_detector(
