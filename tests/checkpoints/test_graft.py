@@ -31,7 +31,7 @@ def test_the_backbone_is_the_donors_and_the_seed_decides_the_head(tmp_path):
 
 
 @pytest.mark.parametrize('model, donor, message', [
-    ('mfn', 'lfnsb.ferplus', 'different backbones'), ('lfn_small', 'mfn', 'no trained weights')])
+    ('mfn', 'lfnsb.ferplus', 'different backbones'), ('lfn_small', 'ddamfn', 'no trained weights')])
 def test_refusals_leave_no_file(model, donor, message, tmp_path):
     result = CliRunner().invoke(main, ['graft', model, str(tmp_path / 'x.safetensors'), '--donor', donor])
     assert result.exit_code == 1 and message in result.output and not list(tmp_path.iterdir())
