@@ -18,10 +18,11 @@ def test_command(tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
     assert (report['photographs'], report['side'], report['model']) == (3, 1024, 'lfnsb')
-    for name in ('loop', 'stream', 'loop_cpu', 'stream_cpu', 'ratio'):
+    for name in ('serial', 'loop', 'stream', 'serial_cpu', 'loop_cpu', 'stream_cpu', 'ratio_serial', 'ratio_loop'):
         assert 0 < report[name]['q1'] <= report[name]['median'] <= report[name]['q3']
     assert 0 < report['peak_mb'][0] <= report['peak_mb'][1]
-    assert f'stream / loop: {report["ratio"]["median"]:.2f} ' in result.stdout
+    for name in ('serial', 'loop'):
+        assert f'stream / {name}: {report[f"ratio_{name}"]["median"]:.2f} ' in result.stdout
     assert result.stderr.count('round ') == 2
 
 
