@@ -108,7 +108,8 @@ def runs_table(runs: Iterable[dict[str, Any]]) -> str:
 def run_cells(run: dict[str, Any]) -> dict[str, Any]:
     """One run's cells of `runs_table`, by the header of their column."""
     settings, curve = run['settings'], run['curve']
-    overrides = ', '.join(f'{key} {value}' for key, value in run['overrides'].items())
+    overrides = ', '.join(
+        f'no {key}' if value is None else f'{key} {value}' for key, value in run['overrides'].items())
     done, planned = int(curve[-1]['epoch']) + 1 if curve else 0, settings.get('epochs', 0)
     sizes = settings.get('train_img_sizes') or [settings.get('img_size') or (settings.get('input_size') or [0])[-1]]
     steps = settings.get('grad_accum_steps', 1)
