@@ -38,7 +38,7 @@ def test_wheel_and_sdist(tmp_path):
     assert in_wheel == wanted
     assert wanted <= in_sdist
     assert not [name for name in in_wheel | in_sdist if name.endswith(('.png', '.jpg', '.zip', '.csv', '.pth', '.bin'))]
-    assert max(path.stat().st_size for path in files) < 20e6
+    assert max(path.stat().st_size for path in files) < 32e6  # four files of weights; PyPI takes 100
 
 
 def test_extras_are_imported_only_where_they_are_what_it_is_for():
