@@ -50,9 +50,12 @@ def test_wrong_calls(evaluate, tmp_path):
     assert 'is not in the range' in evaluate('happy/one.png', **{'min-score': 2})[0]
     for option, value in ('tta', 'hflip'), ('seconds', 1), ('batch-size', 64), ('workers', 0), ('compare', 'mfn'):
         assert f'--{option} is for crops' in evaluate('happy/one.png', **{option: value})[0]
+    crops = ['evaluate', '--model=lfnsb', f'--data-dir={tmp_path}', f'--out={tmp_path}']
+    for flag in '--no-calibration', '--common-classes':
+        message = CliRunner().invoke(main, [*crops, '--detector=yunet', flag]).output
+        assert flag in message and 'is for crops' in message
     assert 'a second --model is for crops' in evaluate('happy/one.png', model='lfn_small')[0]
-    crops = ['evaluate', '--model=lfnsb', f'--data-dir={tmp_path}', f'--out={tmp_path}', '--border=0.2']
-    assert '--border is for whole pictures' in CliRunner().invoke(main, crops).output
+    assert '--border is for whole pictures' in CliRunner().invoke(main, [*crops, '--border=0.2']).output
 
 
 def test_wrong_folders(evaluate, tmp_path):

@@ -57,6 +57,8 @@ def test_a_picture_gives_the_same_after_pictures_of_other_sizes(portrait):
         found, expected = detector(picture), YuNetDetector()(picture)
         assert [face.box for face in found] == [face.box for face in expected] and found
         np.testing.assert_array_equal([face.points for face in found], [face.points for face in expected])
+    # Each pass has a network, which keeps its memory as long as pictures have one size.
+    assert [detector._network(number).getInputSize() for number in (0, 1)] == [(320, 256), (1024, 819)]
 
 
 def test_nothing_to_find():

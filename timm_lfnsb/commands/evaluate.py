@@ -55,7 +55,7 @@ def evaluate(
     """
     models += (compare,) if compare else ()
     context = click.get_current_context()
-    wrong = [parameter.opts[0] for parameter in context.command.params
+    wrong = ['/'.join([*parameter.opts, *parameter.secondary_opts]) for parameter in context.command.params
              if parameter.name in (FOR_CROPS if detector else FOR_PICTURES)
              and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE]
     if detector and len(models) > 1:

@@ -45,6 +45,14 @@ def _eager_on_cpu(x: torch.Tensor, training: bool) -> bool:
     )
 
 
+def depthwise_in_float32(x: torch.Tensor) -> bool:
+    """Whether depthwise convolutions should leave an autocast on the CPU: where gradients, slow in bfloat16, follow."""
+    return (
+        type(x) is torch.Tensor and x.device.type == 'cpu' and torch.is_grad_enabled()
+        and torch.is_autocast_enabled('cpu') and not torch.jit.is_tracing()
+    )
+
+
 # Gradients are computed in place, unless somebody wants second derivatives, which that would spoil.
 
 
@@ -74,17 +82,6 @@ class _PReLUFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return torch.addcmul(grad_positive, grad_negative, slopes), (grad_negative * x).sum((0, 2, 3))
         return grad_positive.addcmul_(grad_negative, slopes), grad_negative.mul_(x).sum((0, 2, 3))
-
-
-def depthwise_in_float32(x: torch.Tensor) -> bool:
-    """Whether depthwise convolutions of maps should leave an autocast on the CPU, in training.
-
-    In bfloat16 their gradients take longer there than all the rest of a step.
-    """
-    return (
-        type(x) is torch.Tensor and x.device.type == 'cpu' and torch.is_grad_enabled()
-        and torch.is_autocast_enabled('cpu') and not torch.jit.is_tracing()
-    )
 
 
 def prelu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
