@@ -51,6 +51,13 @@ def test_runs_without_folders_are_those_of_the_embedded_weights():
     assert 'lfn_small.ferplus, 3 of ' in result.output and 'lfnsb.ferplus, 3 of ' in result.output
 
 
+@pytest.mark.parametrize('name', embedded_weights())
+def test_what_embedded_runs_say_of_recipes_holds_for_the_recipes_of_today(name):
+    for run in weights_info(name)['runs']:
+        stored = {key: run[key] for key in ('recipe', 'overrides')}
+        assert runs.find_recipe(run['settings']) == stored
+
+
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     (None, '', 'has no run of train.py'),
     ('args.yaml', '[1, 2]', 'does not hold the settings'),
