@@ -402,6 +402,11 @@ def test_markdown(tmp_path):
     assert command('show').output.count('### ') == len(committed_results()) > 0
 
 
+def test_the_page_of_the_losses_has_the_figures_of_its_json():
+    path, = (path for path in committed_results() if path.name.startswith('losses'))
+    assert results_markdown(read_results(path)).partition('\n\n')[2] in path.with_suffix('.md').read_text()
+
+
 def test_real_train_script(timm_scripts, data, recipe, tmp_path):
     recipe.write_text(recipe.read_text() + 'model_ema: true\nmodel_ema_decay: 0.5\n')
     plan = Plan('figure6', data, tmp_path / 'out', recipe=str(recipe), epochs=2, subset=16,
