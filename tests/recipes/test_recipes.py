@@ -31,7 +31,7 @@ def test_class_maps_are_the_canonical_order():
 @pytest.mark.parametrize('name', recipe_names())
 def test_recipe_fits_its_model_and_class_map(name):
     recipe = load(name)
-    assert timm.is_model(recipe['model'])
+    assert timm.is_model(recipe['model']) or recipe['model'] == 'local-dir:FACES'  # of convert
     assert len(class_map_path(recipe['class_map']).read_text(encoding='utf-8').split()) == recipe['num_classes']
     # A warm-up that steps once an epoch spends the first epoch at warmup_lr.
     assert recipe['warmup_epochs'] == 0 or recipe['sched_on_updates']

@@ -3,14 +3,17 @@ from pathlib import Path
 
 import click
 
+from ..errors import UserError
+
 
 @click.command()
 @click.argument('source', type=click.Path(path_type=Path))
 @click.argument('out_dir', type=click.Path(path_type=Path))
-@click.option('--model', required=True, metavar='NAME', help='lfnsb, lfn_small, mfn, ddamfn or mobilefacenet.')
+@click.option('--model', required=True, metavar='NAME',
+              help='lfnsb, lfn_small, mfn, ddamfn, mobilefacenet or dlib_face.')
 @click.option('--labels', metavar='SET|auto|A,B,...', help='What the outputs mean, see above.')
 @click.option('--data-dir', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
-              help='For --labels auto: FOLDER/LABEL/IMAGE, or FOLDER/SPLIT/LABEL/IMAGE.')
+              help='For --labels auto and dlib_face: FOLDER/LABEL/IMAGE, or FOLDER/SPLIT/LABEL/IMAGE.')
 @click.option('--drop', multiple=True, metavar='NAME',
               help='Leave out the keys that start with NAME: "fc" for a network without its classifier. Repeatable.')
 def convert(
@@ -41,7 +44,18 @@ def convert(
     samples of the faces give the same order. The folders must be the classes of the checkpoint, all and no others.
 
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
+
+    --model dlib_face takes dlib's face recognition network, to start a teacher from (recipe ferplus-teacher-dlib).
+    SOURCE is dlib_face_recognition_resnet_model_v1.dat (CC0) of PyPI's package face_recognition_models, and the images
+    in --data-dir set its batch norms.
     """
+    if model == 'dlib_face':
+        from ..checkpoints.dlib_face import convert_dlib_face
+        if labels or drop or not data_dir:
+            raise UserError('--model dlib_face has no classifier: give it --data-dir, and neither --labels nor --drop.')
+        count = convert_dlib_face(source, out_dir, data_dir)
+        click.echo(f'{out_dir}: resnet34 with other widths from {source.name}, batch norms from {count} images')
+        return
     from ..checkpoints.convert import convert as convert_file
     converted = convert_file(source, model, out_dir, labels, drop, data_dir)
     click.echo(f'{out_dir}: {model} from {source.name}')
