@@ -29,10 +29,9 @@ def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value for key, value in sorted(settings.items())
         if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
-    if 'kd_model_name' in kept:
-        kept['kd_model_name'] = ','.join(
-            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name
-            for name in kept['kd_model_name'].split(','))
+    for key in kept.keys() & {'model', 'kd_model_name'}:
+        kept[key] = ','.join(
+            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name for name in kept[key].split(','))
     if 'label_votes' in kept:
         kept['label_votes'] = Path(kept['label_votes']).name
     return kept
@@ -90,6 +89,8 @@ def find_recipe(settings: dict[str, Any]) -> dict[str, Any]:
     candidates: list[tuple[str | None, dict[str, Any]]] = []
     for name in recipe_names():
         recipe = yaml.safe_load(recipe_path(name).read_text(encoding='utf-8'))
+        if recipe['model'].startswith('local-dir:') and not str(settings.get('model')).startswith('local-dir:'):
+            continue  # it goes on from a folder's weights, and the run did not
         wanted = {key: value or None for key, value in recipe.items() if key not in _LEFT_OUT | _OF_THE_MACHINE}
         # Off is 0, false, empty or not there.
         differ = {key: settings.get(key) for key, value in wanted.items() if (settings.get(key) or None) != value}
