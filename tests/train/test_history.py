@@ -80,8 +80,9 @@ def test_every_recipe_is_known_again_from_the_settings_of_its_run(name):
 
 def test_folders_of_weights_are_named_without_their_place():
     settings = runs.clean_settings(recipe_settings(
-        'ferplus-teacher-dlib', model='local-dir:/somewhere/FACES', kd_model_name='local-dir:/there/T,lfnsb.ferplus'))
-    assert settings['model'] == 'local-dir:FACES' and settings['kd_model_name'] == 'local-dir:T,lfnsb.ferplus'
+        'ferplus-teacher-dlib', model='local-dir:/somewhere/FACES', kd_model_name='local-dir:/a/T,local-dir:U,mfn'))
+    assert settings['model'] == 'local-dir:FACES'
+    assert settings['kd_model_name'] == 'local-dir:T,local-dir:U,mfn'
     assert runs.find_recipe(settings) == {'recipe': 'ferplus-teacher-dlib', 'overrides': {}}
     # The same settings for a named network are not a run of the recipe that goes on from a folder's.
     assert runs.find_recipe({**settings, 'model': 'mfn'})['recipe'] != 'ferplus-teacher-dlib'

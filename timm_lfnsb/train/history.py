@@ -31,7 +31,8 @@ def clean_settings(settings: dict[str, Any]) -> dict[str, Any]:
         if key not in _LEFT_OUT and value not in (None, '', [], {}, False)}
     for key in kept.keys() & {'model', 'kd_model_name'}:
         kept[key] = ','.join(
-            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name for name in kept[key].split(','))
+            f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if name.startswith('local-dir:') else name
+            for name in kept[key].split(','))
     if 'label_votes' in kept:
         kept['label_votes'] = Path(kept['label_votes']).name
     return kept
