@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,12 +142,15 @@ def test_the_file_of_dlib_gives_the_descriptor_of_dlib():
     ('other', ['--data-dir', 'faces'], 'is not dlib_face_recognition_resnet_model_v1.dat'),
     ('gone', ['--data-dir', 'faces'], 'is not dlib_face_recognition_resnet_model_v1.dat'),
     ('', ['--data-dir', 'empty'], 'has no images'),
+    ('', ['--data-dir', 'damaged'], '0.png: not an image, or damaged'),
     ('', [], 'give it --data-dir'),
     ('', ['--data-dir', 'faces', '--labels', 'rafdb'], 'neither --labels'),
 ])
 def test_refusals_leave_no_folder(change, arguments, message, dlib_file, faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
+    shutil.copytree(faces, 'damaged')
+    Path('damaged/train/sadness/0.png').write_bytes(b'no picture')
     if change == 'other':
         dlib_file.write_bytes(dlib_file.read_bytes() + b'\0')
     elif change == 'gone':

@@ -20,6 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models.resnet import BasicBlock
 from torch import nn
 
+from ..data.images import read_image
 from ..data.subsets import list_images
 from ..errors import UserError
 from ..util.files import file_sha256
@@ -46,7 +47,7 @@ def convert_dlib_face(source: Path, out_dir: Path, data_dir: Path) -> int:
         The number of faces taken, `FACES` at most, spread over the folder.
 
     Raises:
-        UserError: When the file is another one, or there is no face; nothing is written then.
+        UserError: When the file is another one, or there are no faces that can be read; nothing is written.
     """
     check_new(out_dir)
     if not source.is_file() or file_sha256(source) != SHA256:
@@ -61,7 +62,7 @@ def convert_dlib_face(source: Path, out_dir: Path, data_dir: Path) -> int:
         first_conv='conv1', classifier='fc')
     fill(network, read_layers(source.read_bytes()))
     transform: Any = create_transform(**resolve_model_data_config(network), is_training=False)
-    faces = torch.stack([transform(Image.open(data_dir / path).convert('RGB')) for path in paths])
+    faces = torch.stack([transform(Image.fromarray(read_image(data_dir / path))) for path in paths])
     take_statistics(network.eval(), faces)
     write_folder(network, out_dir, (), MODEL_ARGS, converted_from=dict(file=source.name, sha256=SHA256))
     return len(paths)
