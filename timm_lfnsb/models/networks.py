@@ -341,7 +341,8 @@ _PAPERS = {
 }
 
 # Input of the weights that were not trained at 112 px.
-_TRAINED_AT = {'lfnsb.ferplus_64': {'input_size': (3, 64, 64), 'pool_size': (4, 4)}}
+_TRAINED_AT = {
+    name: {'input_size': (3, 64, 64), 'pool_size': (4, 4)} for name in ('lfnsb.ferplus_64', 'lfnsb.ferplus_balanced')}
 
 default_cfgs = generate_default_cfgs({
     # The embedded file comes before the Hub in timm's order of sources; see `prefer_hub`.

@@ -15,7 +15,8 @@ HUB_ORG = os.environ.get('TIMM_LFNSB_HUB_ORG') or DEFAULT_ORG
 """Organisation of the weights' repositories, one for each, named as the weights; read at import."""
 
 HUB_REVISIONS: dict[str, str | None] = {
-    'lfnsb.ferplus': None, 'lfnsb.ferplus_64': None, 'lfn_small.ferplus': None, 'mfn.ferplus': None}
+    'lfnsb.ferplus': None, 'lfnsb.ferplus_64': None, 'lfnsb.ferplus_balanced': None, 'lfn_small.ferplus': None,
+    'mfn.ferplus': None}
 """The embedded weights, each with the commit of its repository (of `DEFAULT_ORG`): None until it is published there."""
 
 
