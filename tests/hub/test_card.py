@@ -86,7 +86,10 @@ def test_another_input_size_and_what_was_not_measured(cards):
 
 @pytest.mark.parametrize('settings, said', [
     ({}, 'No other images were used.'), (dict(model='lfnsb', pretrained=True), 'No other images were used.'),
-    (dict(kd_model_name='resnet50'), 'Other images may be behind `resnet50`.'),
+    (dict(kd_model_name='lfnsb.ferplus_64'), 'No other images were used.'),
+    (dict(kd_model_name='resnet50,mfn.ferplus'), 'Other images may be behind `resnet50`.'),
+    (dict(kd_model_name='resnet50,resnet34', model='resnet18', pretrained=True),
+     'Other images may be behind `resnet18` and `resnet34` and `resnet50`.'),
     (dict(model='resnet18', pretrained=True), 'Other images may be behind `resnet18`.')])
 def test_other_images_are_named(settings, said):
     changed = copy.deepcopy(INFO)

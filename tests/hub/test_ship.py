@@ -62,6 +62,20 @@ def test_json_describes_the_file(name):
     assert '/' not in json.dumps([run['settings'] for run in info['runs']])  # no path of a machine
 
 
+@pytest.mark.parametrize('name', [name for name in NAMES if 'base' in weights_info(name)])
+def test_rebalanced_file_is_its_base_but_for_the_bias(name):
+    info = weights_info(name)
+    ours, base = (load_file(WEIGHTS_DIR / f'{stem}.safetensors') for stem in (name, info['base']))
+    counts = np.array([info['data']['splits']['train']['counts'][label] for label in info['label_names']])
+    expected = base['fc.bias'].float() - torch.tensor(info['prior_correction']['tau'] * np.log(counts / counts.sum()))
+    torch.testing.assert_close(ours.pop('fc.bias').float(), expected.float(), atol=2e-3, rtol=1e-3)  # half precision
+    assert ours.keys() | {'fc.bias'} == base.keys() and all(tensor.equal(base[key]) for key, tensor in ours.items())
+    assert info['input_size'] == weights_info(info['base'])['input_size']
+    rare, found = ([weights_info(of)['metrics']['test']['per_class'][label]['recall'] for label in ('fear', 'disgust')]
+                   for of in (info['base'], name))
+    assert all(after > before for before, after in zip(rare, found, strict=True))
+
+
 def test_readme_and_list_show_what_the_json_says():
     def cells(text):
         return [[cell.strip() for cell in line.split('|')] for line in text.splitlines() if line.startswith('| `')]

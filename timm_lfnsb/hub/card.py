@@ -50,9 +50,10 @@ def render_card(info: dict[str, Any], repo_id: str | None = None) -> str:
         runs_table=runs_table({**run, 'name': str(i)} for i, run in enumerate(info['runs'], 1)),
         # Teachers and pretrained networks may have seen other images; those of this zoo have not.
         outside=sorted({
-            settings.get('kd_model_name') or settings['model'] for settings in (run['settings'] for run in info['runs'])
-            if settings.get('kd_model_name')
-            or (settings.get('pretrained') and settings['model'].split('.')[0] not in default_cfgs)}))
+            network for settings in (run['settings'] for run in info['runs'])
+            for network in [*(settings.get('kd_model_name') or '').split(','),
+                            settings['model'] if settings.get('pretrained') else '']
+            if network and network.split('.')[0] not in default_cfgs}))
 
 
 def render_card_for_folder(
