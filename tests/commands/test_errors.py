@@ -94,6 +94,7 @@ def test_wrong_calls_know_every_command():
 NEARLY_RIGHT = {
     'bench lfnbs --peer none': 'lfnsb', 'card lfnsb-ferplus': 'lfnsb.ferplus', 'count mobilefacnet': 'mobilefacenet',
     'convert {image} {new} --model ddamfm --labels rafdb': 'ddamfn',
+    'convert {image} {new} --model dlib-faces --data-dir {faces}': 'dlib_face',
     'evaluate --model lfn_small.ferpus --split train --data-dir {faces} --out {new}': 'ferplus',
     'evaluate --model Resnet_18 --split train --data-dir {faces} --out {new}': 'resnet18',
     'export lfnsb.rafbd {new}.onnx': 'rafdb', 'graft lfn-small {new}.safetensors': 'lfn_small',

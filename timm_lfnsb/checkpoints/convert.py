@@ -69,8 +69,9 @@ def convert(
         UserError: When the file, the model and the labels do not fit, or no order is found; nothing is written then.
     """
     if model not in default_cfgs:
-        raise UserError(f'there is no model {model} to convert to{did_you_mean(model, default_cfgs)}: choose one of '
-                        f"{', '.join(default_cfgs)}.")
+        known = [*default_cfgs, 'dlib_face', 'hse_face']  # the last two by face_networks.py
+        raise UserError(f'there is no model {model} to convert to{did_you_mean(model, known)}: choose one of '
+                        f"{', '.join(known)}.")
     auto = labels == 'auto'
     if auto != (data_dir is not None):
         raise UserError('labels are found by --labels auto with --data-dir FOLDER: give both of them, or neither.')
