@@ -96,6 +96,8 @@ def shelf(tmp_path, monkeypatch):
     shutil.copyfile(WEIGHTS_DIR / f'{NAME}.safetensors', folder / f'{NAME}.safetensors')
     info = weights_info(NAME)
     info['robustness']['rows'] = {'jpeg30': info['robustness']['rows']['jpeg30']}
+    info |= {'half_precision_changes': 3}  # as of a run that was never rebalanced
+    info.pop('prior_correction', None)
     (folder / f'{NAME}.json').write_text(json.dumps(info))
     for module in (ship, names, card):
         monkeypatch.setattr(module, 'WEIGHTS_DIR', folder)
@@ -216,10 +218,13 @@ def test_rebalanced_weights_are_the_base_with_another_bias(shelf, tmp_path, monk
     description['splits']['train']['counts']['contempt'] = 1
     (data / 'dataset.json').write_text(json.dumps(description))
     monkeypatch.setattr(calibration, 'fit_temperature', lambda _: 2.)
-    monkeypatch.setattr(rebalance, 'choose_strength', lambda *_: {
-        'tau': 0.5, 'accuracy': [0.8, 0.79], 'balanced_accuracy': [0.5, 0.6]})
-    result = CliRunner().invoke(
-        main, ['weights', 'rebalance', name, NAME, '--data-dir', str(data), '--no-robustness', '--note', 'By dice.'])
+    monkeypatch.setattr(rebalance, 'choose_strength', lambda *arguments: {
+        'tau': 0.5, 'cost': arguments[-1], 'accuracy': [0.8, 0.79], 'balanced_accuracy': [0.5, 0.6]})
+
+    def rebalanced(*names):
+        return CliRunner().invoke(main, ['weights', 'rebalance', *names, '--data-dir', str(data), '--no-robustness'])
+
+    result = rebalanced(name, NAME, '--note', 'By dice.')
     assert result.exit_code == 0 and f'`{name}`' in result.output, result.output
     info, base = ship.checked_info(name), ship.checked_info(NAME)
     assert info['model'] == name and info['base'] == NAME and info['notes'] == [*base['notes'], 'By dice.']
@@ -231,9 +236,18 @@ def test_rebalanced_weights_are_the_base_with_another_bias(shelf, tmp_path, monk
     assert [key for key in before if not torch.equal(before[key], after[key])] == ['fc.bias']
     assert {key: (value.dtype, value.shape) for key, value in before.items()} == {
         key: (value.dtype, value.shape) for key, value in after.items()}
-    text = card.render_card(info)
-    assert 'Here 0.5 times the logarithm' in text and 'rises from 0.500 to 0.600' in text
-    assert 'labels against full' not in text
+    text = ' '.join(card.render_card(info).split())
+    assert f'is that of `{NAME}`' in text and 'From that 0.5 times the logarithm' in text
+    assert 'cost at most 0.03 of' in text and 'rises from 0.500 to 0.600' in text and 'labels against full' not in text
+
+    result = rebalanced(NAME, NAME, '--cost', '0.01')  # in its own place
+    assert result.exit_code == 0, result.output
+    own = ship.checked_info(NAME)
+    assert own['sha256'] == info['sha256'] and 'base' not in own and own['prior_correction']['cost'] == 0.01
+    assert "From the classifier's bias 0.5 times the logarithm" in ' '.join(card.render_card(own).split())
+    result = rebalanced(NAME, NAME)
+    assert result.exit_code == 1 and 'was rebalanced before' in result.output
+    assert ship.checked_info(NAME) == own
 
 
 @pytest.mark.slow

@@ -3,13 +3,16 @@ from pathlib import Path
 
 import click
 
+COST = click.option(
+    '--cost', default=0.03, show_default=True, type=click.FloatRange(0, 1),
+    help='Accuracy on the validation split that it may cost.')
+
 
 @click.command()
 @click.argument('folder', type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument('out_dir', type=click.Path(path_type=Path))
 @click.option('--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
-@click.option('--cost', default=0.03, show_default=True, type=click.FloatRange(0, 1),
-              help='Accuracy on the validation split that it may cost.')
+@COST
 def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float) -> None:
     """Make the network in FOLDER find rare classes: OUT_DIR's bias loses the prior of the training labels."""
     from ..checkpoints.rebalance import rebalance as rebalance_folder

@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from .rebalance import COST
+
 DATA_DIR = click.option(
     '--data-dir', required=True, type=click.Path(path_type=Path), help='Folder made by timm-lfnsb prepare.')
 NOTES = click.option(
@@ -112,12 +114,14 @@ def ship(
 @DATA_DIR
 @ROBUSTNESS
 @NOTES
-def rebalance(name: str, base: str, data_dir: Path, robustness: bool, notes: tuple[str, ...]) -> None:
-    """Store the embedded weights BASE as NAME, too, with the prior of their training labels out of the bias.
+@COST
+def rebalance(
+        name: str, base: str, data_dir: Path, robustness: bool, notes: tuple[str, ...], cost: float) -> None:
+    """Store the embedded weights BASE as NAME, with the prior of their training labels out of the bias.
 
-    See `timm-lfnsb rebalance`, which does it to a folder.
+    Where NAME is BASE, it is replaced. See `timm-lfnsb rebalance`, which does it to a folder.
     """
     from ..hub.card import weights_table
     from ..hub.ship import ship_rebalanced
-    ship_rebalanced(name, base, data_dir, None if robustness else (), notes)
+    ship_rebalanced(name, base, data_dir, None if robustness else (), notes, cost)
     click.echo(weights_table())

@@ -169,25 +169,34 @@ def ship(
 
 def ship_rebalanced(
         name: str, base: str, data_dir: Path, robustness: Sequence[str] | None = None, notes: Sequence[str] = (),
+        cost: float = 0.03,
 ) -> dict[str, Any]:
-    """Store embedded weights once more under another name, with the prior out of their bias, see `rebalance`.
+    """Store embedded weights once more, with the prior out of their bias, see `rebalance`.
 
     Args:
-        name: 'ARCH.TAG' of the new weights; it must be entered in `timm_lfnsb.weights.names`, too.
+        name: 'ARCH.TAG' of the new weights, which must be entered in `timm_lfnsb.weights.names`, too; or that of the
+            base, which is replaced then.
         base: Embedded weights.
         data_dir, robustness: See `measure`.
         notes: Sentences for the card, behind those of the base.
+        cost: See `rebalance`.
 
     Raises:
-        UserError: When the base is not there or damaged, or the data folder is not one of `prepare`.
+        UserError: When the base is not there or damaged, or would be replaced a second time, or the data folder is not
+            one of `prepare`.
     """
     info = checked_info(base)
-    info.pop('robustness', None)  # measured anew, or not at all
+    if name == base and 'prior_correction' in info:
+        raise UserError(f'{name} was rebalanced before: ship its run once more, and rebalance that.')
+    for measured_before in ('robustness', 'half_precision_changes'):
+        info.pop(measured_before, None)
+    if name != base:
+        info['base'] = base
     with tempfile.TemporaryDirectory(dir=WEIGHTS_DIR) as temporary:
         plain, corrected = Path(temporary) / 'plain', Path(temporary) / 'corrected'
         write_embedded(base, plain)
         info |= {
-            'model': name, 'base': base, 'prior_correction': rebalance(plain, corrected, data_dir),
+            'model': name, 'prior_correction': rebalance(plain, corrected, data_dir, cost),
             'sha256': file_sha256(corrected / 'model.safetensors'), 'notes': [*info['notes'], *notes],
             'data': read_description(data_dir), 'commit': git_commit(),
             **measure(f'local-dir:{corrected}', data_dir, robustness)}
