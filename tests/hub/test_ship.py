@@ -60,6 +60,11 @@ def test_json_describes_the_file(name):
     # The likelihood is what a temperature is fitted by; the calibration error may go either way.
     assert 0.3 < info['temperature'] < 3 and info['calibration']['nll_scaled'] < info['calibration']['nll']
     assert '/' not in json.dumps([run['settings'] for run in info['runs']])  # no path of a machine
+    if correction := info.get('prior_correction'):
+        for key in ('accuracy', 'balanced_accuracy'):
+            assert info['metrics']['validation'][key] == pytest.approx(correction[key][1], abs=0.001)
+        before, after = correction['accuracy']
+        assert before - after <= correction['cost'] and correction['tau'] > 0
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if 'base' in weights_info(name)])
