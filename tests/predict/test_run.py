@@ -51,7 +51,7 @@ def test_json_lines(folder):
 def test_table(folder):
     long = 'a long name with spaces, ünd Umlaute.png'
     (folder / 'photos' / 'ann.jpg').rename(folder / 'photos' / long)
-    code, out, err = predict('photos')
+    code, out, err = predict('photos', '--no-calibration')  # with it the smile is too sure for a runner-up
     assert code == 0 and err.startswith('No face found in 1 of 3 image(s)') and '--detector none' in err
     head, *rows = out.splitlines()
     assert head.split() == ['image', 'face', 'box', 'expression', 'score', 'runner-up']
@@ -62,7 +62,7 @@ def test_table(folder):
     for row in (rows[0], rows[2]):
         assert row[column - 2:column] == '  ' and row[column].isdigit()
         label, runner_up = row[head.index('expression'):].split()[0], row[head.index('runner-up'):].split()
-        assert label == 'happiness' != runner_up[0] and 0 <= float(runner_up[1]) < 0.5
+        assert label == 'happiness' != runner_up[0] and 0 < float(runner_up[1]) < 0.5
 
 
 def test_unsure_faces_show_what_they_may_be(folder):
