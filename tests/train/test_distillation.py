@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from support import train_script as ts
 from support.train_script import BASE, CPU, RANDOM, STANDIN, launch, load, one_sentence, standin
 from timm.models import save_for_hf
-from timm.task import LogitDistillationTask
+from timm.task import FeatureDistillationTask, LogitDistillationTask
 
+from timm_lfnsb.checkpoints.pack import pack
 from timm_lfnsb.errors import UserError
 from timm_lfnsb.models.loading import load_model
-from timm_lfnsb.train.distillation import CosineHarmonyDistillationTask, load_teachers
+from timm_lfnsb.train.distillation import CosineHarmonyDistillationTask, load_feature_teacher, load_teachers
 
 LABELS = ('neutral', 'happiness', 'sadness', 'anger')
 
@@ -93,6 +94,34 @@ def test_the_launcher_takes_over_timms_task(flags, task, teachers, face_folder, 
         assert parts['loss'] == pytest.approx(total, rel=1e-5)
 
 
+def test_features_of_a_teacher_are_those_at_its_own_size(face_folder, tmp_path):
+    """Its classes may be others than the run's: no answer of it is used."""
+    name = save_teacher(tmp_path / 'teacher', ('fear', 'disgust'), 48, mean=(0.5,) * 3)
+    student = timm.create_model('lfnsb', num_classes=4).eval()
+    mean, std = (torch.tensor(student.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
+    pixels, target = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    teacher, images = load_feature_teacher(name, 3), (pixels - mean) / std
+    task = FeatureDistillationTask(student, teacher, criterion=torch.nn.CrossEntropyLoss(), verbose=False).eval()
+    network = load_model(name).eval()
+    large = F.interpolate(pixels, (48, 48), mode='bilinear')
+    std = torch.tensor(network.pretrained_cfg['std']).view(3, 1, 1)
+    expected = network.forward_head(network.forward_features((large - 0.5) / std), pre_logits=True)
+    projection = task.trainable_module.projection
+    features = projection(student.forward_head(student.forward_features(images), pre_logits=True))
+    torch.testing.assert_close(task(images, target)['kd_loss'], (features - expected).square().mean())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+    losses = []
+    for size in (48, 24):
+        config = tmp_path / 'teacher' / 'config.json'
+        config.write_text(config.read_text().replace('48', str(size)))
+        run = standin(tmp_path, '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt',
+                      '--kd-model-name', name, '--kd-distill-type', 'feature')
+        assert run['task'] == 'FeatureDistillationTask'
+        losses.append(run['parts']['kd_loss'])
+    assert losses[0] != losses[1]
+
+
 def test_the_launcher_refuses_teachers_that_do_not_fit(teachers, face_folder, tmp_path):
     data = ['--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', '--cosine-harmony', '1']
     other = save_teacher(tmp_path / 'other', ('neutral', 'happiness', 'sadness', 'fear'))
@@ -117,6 +146,18 @@ def test_real_train_with_teachers(teachers, timm_scripts, face_folder, tmp_path)
     student = set(timm.create_model('test_resnet', num_classes=4).state_dict())
     assert set(end['state_dict']) == student == set(end['state_dict_ema'])
     assert set(end['task_state']) == {'cosine_harmony'}
+
+
+def test_real_train_with_the_features_of_a_teacher(teachers, timm_scripts, face_folder, tmp_path):
+    """What is packed is the student, without the projection onto the teacher's features."""
+    run = ts.train(timm_scripts, face_folder, tmp_path, 'features', '--epochs', '1', '--val-split', '',
+                   '--model-ema',
+                   '--cosine-harmony', '0', '--kd-model-name', teachers[1], '--kd-distill-type', 'feature')
+    student = set(timm.create_model('test_resnet', num_classes=4).state_dict())
+    end = load(run / 'last.pth.tar')
+    assert set(end['state_dict']) == student == set(end['state_dict_ema'])
+    pack(run, tmp_path / 'packed')
+    assert set(load_model(f'local-dir:{tmp_path / "packed"}').state_dict()) == student
 
 
 @pytest.mark.slow

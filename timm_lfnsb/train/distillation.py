@@ -15,7 +15,29 @@ from ..models.loading import load_model
 from .task import CosineHarmonyMixin, FeatureLossMixin
 
 
-class TeacherEnsemble(DistillationTeacher):
+class SizedTeacher(DistillationTeacher):
+    """A teacher at its own input size, mean and std: a network in eval mode, for timm's tasks."""
+
+    mean_kd: Any
+    std_kd: Any
+
+    def __init__(self, model: Any, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        super().__init__(model.to(device=device, dtype=dtype), device=device, dtype=dtype)
+        self.requires_grad_(False)
+        self.size = tuple(model.pretrained_cfg['input_size'][-2:])
+
+    def normalize_input(self, input: torch.Tensor, student_mean: Any = None, student_std: Any = None) -> torch.Tensor:
+        """Undo the student's normalisation; the teacher's own is applied in `forward`."""
+        return input if student_mean is None else input * student_std + student_mean
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        """Logits (B, C) or pooled features (B, F) of images (B, 3, H, W) with values in [0, 1]."""
+        if input.shape[-2:] != self.size:
+            input = F.interpolate(input, self.size, mode='bilinear', antialias=input.shape[-1] > self.size[-1])
+        return super().forward((input - self.mean_kd) / self.std_kd, return_features)
+
+
+class TeacherEnsemble(SizedTeacher):
     """Teachers whose probabilities are averaged, each at its own input size, mean and std: one for timm's tasks.
 
     Args:
@@ -34,29 +56,17 @@ class TeacherEnsemble(DistillationTeacher):
         nn.Module.__init__(self)
         self.training = False
         self.orders = [output_order(teacher, label_names) for teacher in teachers]
-        self.sizes = [tuple(teacher.pretrained_cfg['input_size'][-2:]) for teacher in teachers]
-        self.teachers = nn.ModuleList(
-            DistillationTeacher(teacher.to(device=device, dtype=dtype), device=device, dtype=dtype)
-            for teacher in teachers).requires_grad_(False)
+        self.teachers = nn.ModuleList(SizedTeacher(teacher, device, dtype) for teacher in teachers)
         self.register_buffer('adjustment', None if adjustment is None else adjustment.to(device), persistent=False)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # without timm's own options
         for teacher in self.teachers:
             teacher.compile(*args, **kwargs)
 
-    def normalize_input(self, input: torch.Tensor, student_mean: Any = None, student_std: Any = None) -> torch.Tensor:
-        """Undo the student's normalisation; each teacher's own is applied in `forward`."""
-        return input if student_mean is None else input * student_std + student_mean
-
     def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Logits (B, C) in the run's order, of images (B, 3, H, W) with values in [0, 1]; never features."""
-        answers = []
-        for teacher, size, order in zip(self.teachers, self.sizes, self.orders, strict=True):
-            images = input
-            if images.shape[-2:] != size:
-                images = F.interpolate(images, size, mode='bilinear', antialias=images.shape[-1] > size[-1])
-            logits = teacher((images - teacher.mean_kd) / teacher.std_kd)
-            answers.append(logits[:, order].float().softmax(dim=-1))
+        answers = [teacher(input)[:, order].float().softmax(dim=-1)
+                   for teacher, order in zip(self.teachers, self.orders, strict=True)]
         logits = torch.stack(answers).mean(dim=0).clamp_min(1e-12).log()
         return logits if self.adjustment is None else logits - self.adjustment
 
@@ -74,10 +84,20 @@ def output_order(teacher: nn.Module, label_names: Sequence[str]) -> list[int]:
 
 def load_teachers(names: str, in_chans: int, label_names: Sequence[str] | None, *args: Any) -> TeacherEnsemble:
     """The teachers that --kd-model-name lists, separated by commas; `args` are further ones of `TeacherEnsemble`."""
-    teachers: list[Any] = [load_model(name.strip(), inference=True) for name in names.split(',')]
-    if any(teacher.pretrained_cfg['input_size'][0] != in_chans for teacher in teachers):
-        raise UserError(f'--kd-model-name {names} takes images of other channels than the run ({in_chans}).')
-    return TeacherEnsemble(teachers, label_names or (), *args)
+    return TeacherEnsemble([load_network(name, in_chans) for name in names.split(',')], label_names or (), *args)
+
+
+def load_feature_teacher(name: str, in_chans: int, *args: Any) -> SizedTeacher:
+    """The one teacher whose features count, so that its labels may be others; `args` are those of `SizedTeacher`."""
+    return SizedTeacher(load_network(name, in_chans), *args)
+
+
+def load_network(name: str, in_chans: int) -> Any:
+    """A teacher's network with its weights, for images of as many channels as the run has."""
+    teacher: Any = load_model(name.strip(), inference=True)
+    if teacher.pretrained_cfg['input_size'][0] != in_chans:
+        raise UserError(f'--kd-model-name {name} takes images of other channels than the run ({in_chans}).')
+    return teacher
 
 
 class FeatureLossDistillationTask(FeatureLossMixin, LogitDistillationTask):

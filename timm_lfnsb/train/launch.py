@@ -19,7 +19,12 @@ from ..losses.logit_adjustment import LogitAdjustment, prior_logits
 from .checkpoints import SafeSaver, check_output, load_losses, run_label_names, summarize, watch_loss
 from .data_check import check_class_folders, class_numbers, warn_of_other_labels
 from .datasets import BalancedDataset, SeededDataset, folder_targets, seed_epoch
-from .distillation import CosineHarmonyDistillationTask, FeatureLossDistillationTask, load_teachers
+from .distillation import (
+    CosineHarmonyDistillationTask,
+    FeatureLossDistillationTask,
+    load_feature_teacher,
+    load_teachers,
+)
 from .feature_losses import feature_losses
 from .options import add_options, check_options, distils, rank, resolve_paths, resolve_recipe, warn
 from .photo_look import PhotoLook, prepend_transform
@@ -116,6 +121,7 @@ class Hooks:
         self.options = options
         self.losses = feature_losses(options)
         self.adds_loss = self.losses or options.logit_adjustment
+        self.by_features = getattr(options, 'kd_distill_type', 'logit') == 'feature'
         self.prior: torch.Tensor | None = None
 
     def replacements(self) -> dict[str, Any]:
@@ -132,6 +138,8 @@ class Hooks:
             ours['ClassificationTask'] = self.task_class(bases[0])
         if distils(self.options):
             ours['LogitDistillationTask'] = self.task_class(bases[1])
+            if self.by_features:
+                ours['FeatureDistillationTask'] = self.task_class(self.script.FeatureDistillationTask)
         return ours
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,9 +192,13 @@ class Hooks:
             def __init__(self, *args: Any, criterion: nn.Module | None = None, **kwargs: Any):
                 device = kwargs.get('device')
                 if 'teacher_model' in kwargs:
-                    kwargs['teacher_model'] = load_teachers(
-                        kwargs['teacher_model'], kwargs['student_model'].in_chans, run_label_names(options),
-                        hooks.prior, device, kwargs.get('dtype'))
+                    names, in_chans = kwargs['teacher_model'], kwargs['student_model'].in_chans
+                    place = device, kwargs.get('dtype')
+                    if hooks.by_features:
+                        kwargs['teacher_model'] = load_feature_teacher(names, in_chans, *place)
+                    else:
+                        kwargs['teacher_model'] = load_teachers(
+                            names, in_chans, run_label_names(options), hooks.prior, *place)
                 if hooks.losses:
                     kwargs.update(dict(losses=hooks.losses) if options.feature_loss else hooks.losses['cosine-harmony'])
                 if hooks.prior is not None:
