@@ -1,4 +1,4 @@
-"""`timm-lfnsb rebalance`: the prior of the training labels leaves the bias, and nothing else changes."""
+"""`timm-lfnsb rebalance`: the prior leaves the bias, a temperature enters the classifier, and nothing else changes."""
 from __future__ import annotations
 
 import json
@@ -24,19 +24,31 @@ COUNTS = {'contempt': 10, 'fear': 90, 'happiness': 900}  # in the order of folde
 
 @pytest.fixture
 def folders(tmp_path):
-    """A network of three classes at 32 px that leans to the first one, and noise to validate on."""
-    model = timm.create_model('lfnsb', num_classes=3, pretrained_cfg_overlay={'input_size': (3, 32, 32)})
+    """A network of three classes at 32 px that leans to the first one, and noise of which it is mostly right."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3, pretrained_cfg_overlay={'input_size': (3, 32, 32)})
     with torch.no_grad():
-        model.fc.weight.mul_(5)
+        model.fc.weight.mul_(300)
         model.fc.bias.copy_(torch.tensor([1., 0., -1.]))
     write_folder(model, tmp_path / 'model', LABELS, {}, softmax_temperature=0.8)
     rng, data = np.random.default_rng(0), tmp_path / 'data'
+    pictures = rng.integers(0, 256, (30, 8, 8), dtype=np.uint8)
     for label in LABELS:
         (data / 'validation' / label).mkdir(parents=True)
-        for i in range(4):
-            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        for i, pixels in enumerate(pictures):
             Image.fromarray(pixels).save(data / 'validation' / label / f'{i}.png')
     (data / 'dataset.json').write_text(json.dumps({'sha256': 'abc', 'splits': {'train': {'counts': COUNTS}}}))
+    # Four of five get the label to which the network leans more than it does elsewhere.
+    predicted = predict_folder(f'local-dir:{tmp_path / "model"}', data, 'validation', workers=0, progress=False)
+    rows = np.log(predicted.probabilities)
+    logits = {file.split('/')[1]: row for file, row in zip(predicted.files, rows, strict=True)}
+    mean, std = np.mean([*logits.values()], axis=0), np.std([*logits.values()], axis=0)
+    for i in range(30):
+        true = LABELS[(((logits[f'{i}.png'] - mean) / std).argmax() + (i % 5 == 0)) % 3]
+        for label in LABELS:
+            if label != true:
+                (data / 'validation' / label / f'{i}.png').unlink()
+    assert all(any((data / 'validation' / label).iterdir()) for label in LABELS)
     return tmp_path / 'model', data
 
 
@@ -44,7 +56,7 @@ def invoke(model, out, data, *more):
     return CliRunner().invoke(main, ['rebalance', str(model), str(out), '--data-dir', str(data), *more])
 
 
-def test_the_bias_alone_changes(folders, tmp_path):
+def test_the_classifier_alone_changes(folders, tmp_path):
     model, data = folders
     result = invoke(model, tmp_path / 'out', data, '--cost', '1')
     assert result.exit_code == 0, result.output
@@ -55,11 +67,17 @@ def test_the_bias_alone_changes(folders, tmp_path):
     before, after = load_file(model / 'model.safetensors'), load_file(tmp_path / 'out' / 'model.safetensors')
     expected = [
         bias - found['tau'] * math.log(COUNTS[name] / 1000) for bias, name in zip((1, 0, -1), LABELS, strict=True)]
-    np.testing.assert_allclose(after.pop('fc.bias').numpy(), expected, rtol=1e-6)
+    temperature = found['temperature']
+    np.testing.assert_allclose(after.pop('fc.bias').numpy(), np.array(expected) / temperature, rtol=1e-6)
+    np.testing.assert_allclose(after.pop('fc.weight'), before.pop('fc.weight').numpy() / temperature, rtol=1e-6)
     del before['fc.bias']
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     measured = predict_folder(f'local-dir:{tmp_path / "out"}', data, 'validation', workers=0, progress=False)
     assert measured.correct.mean() == pytest.approx(found['accuracy'][1])
+    likelihoods = [np.log(of[np.arange(len(of)), measured.labels]).mean() for of in (
+        measured.probabilities ** power / (measured.probabilities ** power).sum(1, keepdims=True)
+        for power in (1, 1.01, 0.99))]  # powers of probabilities are quotients of logits
+    assert likelihoods[0] == max(likelihoods)
     assert f"tau {found['tau']:.2f}; on validation accuracy {found['accuracy'][0]:.3f} -> " in result.output
     assert 'was rebalanced before' in invoke(tmp_path / 'out', tmp_path / 'again', data).output
 

@@ -1,4 +1,4 @@
-"""Make a trained classifier find rare classes: take the prior of its training labels out of its bias."""
+"""Make a trained classifier find rare classes and be as sure as it is right: no prior in its bias, a temperature."""
 from __future__ import annotations
 
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 
 from ..data.prepare import read_description
@@ -24,10 +25,11 @@ STRENGTHS = np.arange(41) / 20
 
 
 def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -> dict[str, Any]:
-    """Write a timm folder whose classifier has the bias b - tau log(prior), with all other tensors as they were.
+    """Write a timm folder whose classifier gives (logits - tau log(prior)) / T, with all other tensors as they were.
 
-    This is the post-hoc logit adjustment of Menon et al. 2021 (arXiv 2007.07314, section 4.1). Because it stands in
-    the bias, timm, transformers and exported files agree on it. The prior is each class's share of the training split.
+    The first step is the post-hoc logit adjustment of Menon et al. 2021 (arXiv 2007.07314, section 4.1). The prior is
+    each class's share of the training split. T is the temperature that `fit_temperature` finds on the validation split
+    for the adjusted logits. Both stand in the classifier, so timm, transformers and exported files agree on them.
 
     Args:
         folder: A timm folder, see `pack`, whose classifier is one linear layer with a bias.
@@ -36,12 +38,13 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
         cost: Accuracy on the validation split that it may cost, a fraction.
 
     Returns:
-        What config.json holds as `prior_correction`, see `choose_strength`.
+        What config.json holds as `prior_correction`, see `choose_strength`, and T in it as `temperature`.
 
     Raises:
         UserError: When the folder, its classifier or the data cannot be used, or it was rebalanced before.
     """
-    from ..evaluate.predictions import predict_folder  # which needs the extra
+    from ..evaluate.calibration import fit_temperature, scale  # which needs the extra, as the next
+    from ..evaluate.predictions import predict_folder
     check_new(out_dir)
     splits = read_description(data_dir)['splits']
     if 'train' not in splits:
@@ -52,8 +55,9 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
     if 'prior_correction' in config:
         raise UserError(f'{folder} was rebalanced before: start from the folder that was not.')
     state = load_file(folder / 'model.safetensors')
-    bias = state.get(f"{config.get('pretrained_cfg', {}).get('classifier')}.bias")
-    if bias is None or bias.shape != (len(predictions.label_names),):
+    classifier = config.get('pretrained_cfg', {}).get('classifier')
+    weight, bias = state.get(f'{classifier}.weight'), state.get(f'{classifier}.bias')
+    if weight is None or bias is None or bias.shape != (len(predictions.label_names),):
         raise UserError(f'the classifier of {folder} has no bias for each class: it cannot be rebalanced.')
 
     class_counts = np.zeros(len(bias))
@@ -63,7 +67,11 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
         raise UserError(f'the training split of {data_dir} has a class without images: its prior is not known.')
     log_prior = np.log(class_counts / class_counts.sum())
     correction = choose_strength(predictions, log_prior, cost)
-    bias -= bias.new_tensor(correction['tau'] * log_prior)
+    offset = correction['tau'] * log_prior
+    temperature = correction['temperature'] = fit_temperature(scale(predictions, offset=offset))
+    # In float32: another rounding of half precision would move a label here and there.
+    state[f'{classifier}.weight'] = weight.float() / temperature
+    state[f'{classifier}.bias'] = (bias.float() - torch.from_numpy(offset).float()) / temperature
     config.pop(TEMPERATURE_KEY, None)  # it was fitted to the outputs as they were
     config['prior_correction'] = correction
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +94,11 @@ def choose_strength(predictions: Predictions, log_prior: np.ndarray, cost: float
     Returns:
         `tau`; `accuracy` and `balanced_accuracy` of these predictions, each as [without, with] the correction.
     """
-    log_probabilities = np.log(np.maximum(predictions.probabilities, np.finfo(np.float32).tiny))
+    from ..evaluate.calibration import scale
     classes = np.unique(predictions.labels)
     accuracy, balanced = [], []
     for tau in STRENGTHS:
-        correct = (log_probabilities - tau * log_prior).argmax(axis=1) == predictions.labels
+        correct = scale(predictions, offset=tau * log_prior).correct
         accuracy.append(float(correct.mean()))
         balanced.append(float(np.mean([correct[predictions.labels == label].mean() for label in classes])))
     allowed = np.array(accuracy) >= accuracy[0] - cost

@@ -117,7 +117,7 @@ def ship(
 @COST
 def rebalance(
         name: str, base: str, data_dir: Path, robustness: bool, notes: tuple[str, ...], cost: float) -> None:
-    """Store the embedded weights BASE as NAME, with the prior of their training labels out of the bias.
+    """Store the embedded weights BASE as NAME, calibrated and with the prior of their training labels out of the bias.
 
     Where NAME is BASE, it is replaced. See `timm-lfnsb rebalance`, which does it to a folder.
     """

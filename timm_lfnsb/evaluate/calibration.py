@@ -15,16 +15,18 @@ from .predictions import Predictions
 TEMPERATURES = (0.05, 100.)
 
 
-def log_probabilities(predictions: Predictions, temperature: float = 1.) -> np.ndarray:
-    """Log probabilities (N, C), float64, of the logits divided by a temperature."""
+def log_probabilities(
+        predictions: Predictions, temperature: float = 1., offset: np.ndarray | float = 0.) -> np.ndarray:
+    """Log probabilities (N, C), float64, of the logits minus an offset (C,), divided by a temperature."""
     # float32 probabilities of very sure models reach 0.
     smallest = np.finfo(np.float32).tiny
-    return log_softmax(np.log(np.maximum(predictions.probabilities.astype(np.float64), smallest)) / temperature, axis=1)
+    logits = np.log(np.maximum(predictions.probabilities.astype(np.float64), smallest)) - offset
+    return log_softmax(logits / temperature, axis=1)
 
 
-def scale(predictions: Predictions, temperature: float) -> Predictions:
-    """Predictions as they would be with the logits, and so log p as well, divided by a temperature."""
-    return replace(predictions, probabilities=np.exp(log_probabilities(predictions, temperature)))
+def scale(predictions: Predictions, temperature: float = 1., offset: np.ndarray | float = 0.) -> Predictions:
+    """Predictions as they would be with the logits, and so log p as well, minus an offset, divided by a temperature."""
+    return replace(predictions, probabilities=np.exp(log_probabilities(predictions, temperature, offset)))
 
 
 def negative_log_likelihood(predictions: Predictions, temperature: float = 1.) -> float:
