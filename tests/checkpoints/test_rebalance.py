@@ -63,11 +63,12 @@ def test_the_classifier_alone_changes(folders, tmp_path):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     found = config.pop('prior_correction')
     plain = json.loads((model / 'config.json').read_text())
-    assert plain.pop('softmax_temperature') == 0.8 and config == plain  # it was of the outputs as they were
+    assert plain.pop('softmax_temperature') == 0.8 and config.pop('softmax_temperature') == 1 and config == plain
     before, after = load_file(model / 'model.safetensors'), load_file(tmp_path / 'out' / 'model.safetensors')
     expected = [
         bias - found['tau'] * math.log(COUNTS[name] / 1000) for bias, name in zip((1, 0, -1), LABELS, strict=True)]
     temperature = found['temperature']
+    assert found['tau'] > 0 and abs(temperature - 1) > 0.1  # else much would go untested
     np.testing.assert_allclose(after.pop('fc.bias').numpy(), np.array(expected) / temperature, rtol=1e-6)
     np.testing.assert_allclose(after.pop('fc.weight'), before.pop('fc.weight').numpy() / temperature, rtol=1e-6)
     del before['fc.bias']
@@ -108,7 +109,7 @@ def test_the_strength_is_the_best_that_the_cost_allows(cost):
 
 @pytest.mark.parametrize(('change', 'reason'), [
     ('occupied', 'is there already'), ('classifier', 'no bias for each class'),
-    ('counts', 'a class without images'), ('split', 'has no training split'),
+    ('right', 'no temperature'), ('counts', 'a class without images'), ('split', 'has no training split'),
     ('description', 'make the folder with timm-lfnsb prepare')])
 def test_what_cannot_be_rebalanced(change, reason, folders, tmp_path):
     model, data = folders
@@ -119,6 +120,12 @@ def test_what_cannot_be_rebalanced(change, reason, folders, tmp_path):
         config = json.loads((model / 'config.json').read_text())
         config['pretrained_cfg']['classifier'] = 'head.fc'
         (model / 'config.json').write_text(json.dumps(config))
+    elif change == 'right':
+        for i in range(0, 30, 5):
+            [file] = (data / 'validation').glob(f'*/{i}.png')
+            file.unlink()
+        for label in LABELS[1:]:
+            shutil.rmtree(data / 'validation' / label)
     elif change == 'counts':
         (data / 'dataset.json').write_text(
             json.dumps({'sha256': 'abc', 'splits': {'train': {'counts': {**COUNTS, 'fear': 0}}}}))

@@ -67,7 +67,8 @@ def test_every_figure_is_the_jsons(name, cards):
     assert [row['run'] for row in rows_of(text, 'run')] == [str(i) for i, _ in enumerate(stored['runs'], 1)]
     assert all(note in text for note in [*stored['notes'], *stored.get('history', [])])
     for phrase in (
-            f"{stored['temperature']:.3f}", stored['data']['sha256'][:16], 'Disgust (20) and contempt (27): too few',
+            f"{stored['prior_correction']['temperature']:.3f}", f"{stored['calibration']['ece']:.3f}",
+            stored['data']['sha256'][:16], 'Disgust (20) and contempt (27): too few',
             'must not be redistributed', 'MIT licence', 'Fairness was therefore not measured',
             'An expression is not a feeling', 'Article 5(1)(f)', 'FER+ is grey', 'the plurality of the ten'):
         assert phrase in text, phrase
@@ -77,7 +78,8 @@ def test_every_figure_is_the_jsons(name, cards):
 def test_another_input_size_and_what_was_not_measured(cards):
     assert '91.07 % on RAF-DB and 66.57 % on AffectNet-7' in cards['lfnsb.ferplus']  # the paper's of its network
     assert '91.07' not in cards['lfn_small.ferplus']
-    bare = {key: value for key, value in INFO.items() if key not in ('robustness', 'temperature', 'notes', 'history')}
+    bare = {key: value for key, value in INFO.items() if key not in (
+        'robustness', 'temperature', 'prior_correction', 'notes', 'history')} | {'half_precision_changes': 3}
     text = card.render_card({**bare, 'input_size': [3, 64, 64]})
     assert '| 3x64x64, ' in text and 'enlarged to\n64x64, one crop' in text and '| 131 million |' in text
     assert '## Speed\n\nNot measured' in text  # what was measured was measured at 112

@@ -11,7 +11,7 @@ import yaml
 from timm import utils  # noqa: F401
 from timm.data import create_dataset, create_loader
 from timm.models import create_model
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 
 config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument('-c', '--config', default='')
@@ -57,8 +57,9 @@ def main():
             labels.append([dataset[i][1] for i in range(len(dataset))])
     common = dict(criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'), dtype=None, verbose=False)
     if args.kd_model_name is not None:
-        distillation = FeatureDistillationTask if args.kd_distill_type == 'feature' else LogitDistillationTask
-        task = distillation(student_model=model, teacher_model=args.kd_model_name, **common)
+        task_class = {'logit': LogitDistillationTask, 'feature': FeatureDistillationTask,
+                      'token': TokenDistillationTask}[args.kd_distill_type]
+        task = task_class(student_model=model, teacher_model=args.kd_model_name, **common)
     else:
         task = ClassificationTask(model=model, **common)
     if args.data_dir:

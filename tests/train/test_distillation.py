@@ -112,14 +112,25 @@ def test_features_of_a_teacher_are_those_at_its_own_size(face_folder, tmp_path):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
     losses = []
-    for size in (48, 24):
-        config = tmp_path / 'teacher' / 'config.json'
-        config.write_text(config.read_text().replace('48', str(size)))
+    config = tmp_path / 'teacher' / 'config.json'
+    text = config.read_text()
+    for size in (48, 24, 48):
+        config.write_text(text.replace('48', str(size)))
         run = standin(tmp_path, '--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt',
                       '--kd-model-name', name, '--kd-distill-type', 'feature')
         assert run['task'] == 'FeatureDistillationTask'
         losses.append(run['parts']['kd_loss'])
-    assert losses[0] != losses[1]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_token_distillation_matches_labels_by_name(teachers, face_folder, tmp_path):
+    flags = ['--data-dir', face_folder, '--class-map', face_folder / 'class_map.txt', '--kd-distill-type', 'token',
+             '--model', 'deit_tiny_distilled_patch16_224', '--kd-model-name']
+    assert standin(tmp_path, *flags, teachers[0])['task'] == 'TokenDistillationTask'
+    other = save_teacher(tmp_path / 'other', ('neutral', 'happiness', 'sadness', 'fear'))
+    one_sentence(launch(STANDIN, '--output', tmp_path, *flags, other), 'fear) are not those of the run')
+    flags[-2] = 'lfnsb'
+    one_sentence(launch(STANDIN, '--output', tmp_path, *flags, teachers[0]), '--kd-model-name', 'distill')
 
 
 def test_the_launcher_refuses_teachers_that_do_not_fit(teachers, face_folder, tmp_path):

@@ -106,6 +106,7 @@ def test_other_scripts_run_as_they_are_and_import_their_siblings(tmp_path):
     (['--feature-loss', 'center', '--torchscript'], ['--feature-loss cannot be combined', '--torchscript']),
     (['--feature-loss', 'center', '--kd-model-name', 'resnet18', '--kd-distill-type', 'feature'],
      ['--kd-model-name', 'logit']),
+    (['--kd-model-name', 'resnet18,resnet34', '--kd-distill-type', 'feature'], ['several teachers', 'logit']),
     (['--balance-power', '1.5'], ['--balance-power', '[0, 1]']),
     (['--balance-power', '1', '--use-multi-epochs-loader'], ['--balance-power', '--use-multi-epochs-loader']),
     (['--label-votes', 'none.csv'], ['none.csv is not a file', 'prepare ferplus']),

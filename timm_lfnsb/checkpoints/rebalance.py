@@ -41,7 +41,8 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
         What config.json holds as `prior_correction`, see `choose_strength`, and T in it as `temperature`.
 
     Raises:
-        UserError: When the folder, its classifier or the data cannot be used, or it was rebalanced before.
+        UserError: When the folder, its classifier or the data cannot be used, it was rebalanced before, or no
+            temperature fits the validation split.
     """
     from ..evaluate.calibration import fit_temperature, scale  # which needs the extra, as the next
     from ..evaluate.predictions import predict_folder
@@ -72,7 +73,7 @@ def rebalance(folder: Path, out_dir: Path, data_dir: Path, cost: float = 0.03) -
     # In float32: another rounding of half precision would move a label here and there.
     state[f'{classifier}.weight'] = weight.float() / temperature
     state[f'{classifier}.bias'] = (bias.float() - torch.from_numpy(offset).float()) / temperature
-    config.pop(TEMPERATURE_KEY, None)  # it was fitted to the outputs as they were
+    config[TEMPERATURE_KEY] = 1.  # no other is left to apply, and the outputs are known to be calibrated
     config['prior_correction'] = correction
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}.') as temporary:

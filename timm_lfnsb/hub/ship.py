@@ -171,7 +171,7 @@ def ship_rebalanced(
         name: str, base: str, data_dir: Path, robustness: Sequence[str] | None = None, notes: Sequence[str] = (),
         cost: float = 0.03,
 ) -> dict[str, Any]:
-    """Store embedded weights once more, with the prior out of their bias, see `rebalance`.
+    """Store embedded weights once more, with the prior out of their bias and calibrated, see `rebalance`.
 
     Args:
         name: 'ARCH.TAG' of the new weights, which must be entered in `timm_lfnsb.weights.names`, too; or that of the

@@ -2,7 +2,8 @@
 
 It is fitted on a validation split (`evaluate.calibration`). Folders have it at the top level of config.json, since timm
 refuses unknown keys inside `pretrained_cfg`; exported files in their metadata; models that `load_model` returns as an
-attribute: all under `TEMPERATURE_KEY`. Nothing but this package's own readers divides by it.
+attribute: all under `TEMPERATURE_KEY`. Nothing but this package's own readers divides by it. `rebalance` divides the
+classifier by it instead, so that 1 is left: so it is with the embedded weights.
 """
 from __future__ import annotations
 

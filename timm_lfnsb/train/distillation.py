@@ -33,7 +33,9 @@ class SizedTeacher(DistillationTeacher):
     def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Logits (B, C) or pooled features (B, F) of images (B, 3, H, W) with values in [0, 1]."""
         if input.shape[-2:] != self.size:
-            input = F.interpolate(input, self.size, mode='bilinear', antialias=input.shape[-1] > self.size[-1])
+            # In float32, because half precision has no antialiasing on the CPU.
+            input = F.interpolate(
+                input.float(), self.size, mode='bilinear', antialias=input.shape[-1] > self.size[-1]).to(input.dtype)
         return super().forward((input - self.mean_kd) / self.std_kd, return_features)
 
 

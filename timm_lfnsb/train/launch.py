@@ -26,7 +26,7 @@ from .distillation import (
     load_teachers,
 )
 from .feature_losses import feature_losses
-from .options import add_options, check_options, distils, rank, resolve_paths, resolve_recipe, warn
+from .options import add_options, by_features, check_options, distils, rank, resolve_paths, resolve_recipe, warn
 from .photo_look import PhotoLook, prepend_transform
 from .task import CosineHarmonyTask, FeatureLossTask
 from .votes import VotedDataset
@@ -121,7 +121,6 @@ class Hooks:
         self.options = options
         self.losses = feature_losses(options)
         self.adds_loss = self.losses or options.logit_adjustment
-        self.by_features = getattr(options, 'kd_distill_type', 'logit') == 'feature'
         self.prior: torch.Tensor | None = None
 
     def replacements(self) -> dict[str, Any]:
@@ -138,8 +137,9 @@ class Hooks:
             ours['ClassificationTask'] = self.task_class(bases[0])
         if distils(self.options):
             ours['LogitDistillationTask'] = self.task_class(bases[1])
-            if self.by_features:
-                ours['FeatureDistillationTask'] = self.task_class(self.script.FeatureDistillationTask)
+            for name in ('FeatureDistillationTask', 'TokenDistillationTask'):  # not in all releases of timm
+                if hasattr(self.script, name):
+                    ours[name] = self.task_class(getattr(self.script, name))
         return ours
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,7 @@ class Hooks:
                 if 'teacher_model' in kwargs:
                     names, in_chans = kwargs['teacher_model'], kwargs['student_model'].in_chans
                     place = device, kwargs.get('dtype')
-                    if hooks.by_features:
+                    if by_features(options):
                         kwargs['teacher_model'] = load_feature_teacher(names, in_chans, *place)
                     else:
                         kwargs['teacher_model'] = load_teachers(
@@ -206,6 +206,8 @@ class Hooks:
                 try:
                     super().__init__(*args, criterion=criterion, **kwargs)
                 except ValueError as error:
+                    if not hooks.losses:
+                        raise UserError(f'--kd-model-name {options.kd_model_name}: {error}') from None
                     option = '--feature-loss' if options.feature_loss else '--cosine-harmony'
                     raise UserError(f'{option}: {error}') from None
                 if hooks.losses:

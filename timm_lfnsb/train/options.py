@@ -99,13 +99,18 @@ def resolve_paths(options: argparse.Namespace) -> None:
 
 
 def distils(options: argparse.Namespace) -> bool:
-    """Whether teachers are ours to load: not so a single one without label names, beside nothing of ours."""
+    """Whether teachers are ours to load: not so a single one without label names whose answers count."""
     names = options.kd_model_name or ''
-    ours = options.cosine_harmony or options.feature_loss or options.logit_adjustment
+    ours = options.cosine_harmony or options.feature_loss or options.logit_adjustment or by_features(options)
     if not names or ours or ':' in names or ',' in names:
         return bool(names)
     cfg = get_pretrained_cfg(names) if is_model_pretrained(names) else None
     return cfg is None or bool(cfg.label_names)
+
+
+def by_features(options: argparse.Namespace) -> bool:
+    """Whether the features of a teacher count, not its answers."""
+    return getattr(options, 'kd_distill_type', None) == 'feature'
 
 
 def check_options(options: argparse.Namespace) -> None:
