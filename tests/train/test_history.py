@@ -41,6 +41,8 @@ def test_runs_of_a_resumed_run_and_one_that_has_just_begun(tmp_path):
     [begun] = runs.read_runs(tmp_path / 'b')
     begun['settings']['feature_loss'] = 'center'  # as a YAML file may name one
     assert runs.run_cells(begun)['loss'] == 'CE + center'
+    begun['settings'].update(feature_loss=None, kd_model_name='resnet18', kd_distill_type='feature')
+    assert runs.run_cells(begun)['loss'] == 'CE + distilled from features of resnet18'
     begun.update(recipe='ferplus', overrides={'epochs': 3, 'pretrained': None})
     assert runs.run_cells(begun)['recipe'] == 'ferplus but epochs 3, no pretrained'
 

@@ -163,4 +163,7 @@ def _loss(settings: dict[str, Any]) -> str:
     losses = settings.get('feature_loss') or []
     for loss in [losses] if isinstance(losses, str) else losses:  # a YAML file may name one
         text += f' + {loss}'
-    return text + (f" + distilled from {settings['kd_model_name']}" if settings.get('kd_model_name') else '')
+    if settings.get('kd_model_name'):
+        features = 'features of ' if settings.get('kd_distill_type') == 'feature' else ''
+        text += f" + distilled from {features}{settings['kd_model_name']}"
+    return text
