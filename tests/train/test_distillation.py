@@ -130,7 +130,7 @@ def test_token_distillation_matches_labels_by_name(teachers, face_folder, tmp_pa
     other = save_teacher(tmp_path / 'other', ('neutral', 'happiness', 'sadness', 'fear'))
     one_sentence(launch(STANDIN, '--output', tmp_path, *flags, other), 'fear) are not those of the run')
     flags[-2] = 'lfnsb'
-    one_sentence(launch(STANDIN, '--output', tmp_path, *flags, teachers[0]), '--kd-model-name', 'distill')
+    one_sentence(launch(STANDIN, '--output', tmp_path, *flags, teachers[0]), '--kd-distill-type token: ', 'distill')
 
 
 def test_the_launcher_refuses_teachers_that_do_not_fit(teachers, face_folder, tmp_path):
@@ -167,6 +167,9 @@ def test_real_train_with_the_features_of_a_teacher(teachers, timm_scripts, face_
     student = set(timm.create_model('test_resnet', num_classes=4).state_dict())
     end = load(run / 'last.pth.tar')
     assert set(end['state_dict']) == student == set(end['state_dict_ema'])
+    with pytest.raises(UserError, match='trained other parameters: give the options of that run'):
+        ts.train(timm_scripts, face_folder, tmp_path, 'features', '--epochs', '2', '--val-split', '',
+                 '--cosine-harmony', '0', '--resume', run / 'last.pth.tar')
     pack(run, tmp_path / 'packed')
     assert set(load_model(f'local-dir:{tmp_path / "packed"}').state_dict()) == student
 

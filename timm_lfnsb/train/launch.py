@@ -72,7 +72,13 @@ def run_script(script: str, args: Sequence[str]) -> None:
         sys.argv[1:] = resolve_recipe(args)
         module = load_module(path)
         extend_train_script(module)
-        module.main()
+        try:
+            module.main()
+        except ValueError as error:
+            if 'parameter group' not in str(error):  # of an optimizer's state, see torch.optim.Optimizer
+                raise
+            raise UserError('--resume is of a run that trained other parameters: give the options of that run, such '
+                            'as --opt, --kd-distill-type and --feature-loss.') from None
     except ModuleNotFoundError as error:  # timm's scripts need more than timm
         raise UserError(f'{script} cannot run: {reason(error)}.') from error
 
@@ -207,7 +213,8 @@ class Hooks:
                     super().__init__(*args, criterion=criterion, **kwargs)
                 except ValueError as error:
                     if not hooks.losses:
-                        raise UserError(f'--kd-model-name {options.kd_model_name}: {error}') from None
+                        kind = getattr(options, 'kd_distill_type', 'logit')  # not in all releases of timm
+                        raise UserError(f'--kd-distill-type {kind}: {error}') from None
                     option = '--feature-loss' if options.feature_loss else '--cosine-harmony'
                     raise UserError(f'{option}: {error}') from None
                 if hooks.losses:
