@@ -75,7 +75,7 @@ def run_script(script: str, args: Sequence[str]) -> None:
         try:
             module.main()
         except ValueError as error:
-            if 'parameter group' not in str(error):  # of an optimizer's state, see torch.optim.Optimizer
+            if 'loaded state dict' not in str(error):  # of an optimizer, see torch.optim.Optimizer
                 raise
             raise UserError('--resume is of a run that trained other parameters: give the options of that run, such '
                             'as --opt, --kd-distill-type and --feature-loss.') from None
